@@ -1,0 +1,91 @@
+"""What every other room asks of a law: its core, its score, and its logits."""
+
+from functools import singledispatch
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.util import broadcast_shape, scale_and_mask
+from torch import Tensor
+from torch.distributions import Independent, OneHotCategorical
+
+Law = dist.Distribution
+"""A distribution as Pyro's handlers see it."""
+
+
+def core(law: Law) -> Law:
+    """The law under its ``to_event``, ``expand`` and ``mask`` wrappers."""
+    while isinstance(law, (Independent, MaskedDistribution, ExpandedDistribution)):
+        law = law.base_dist
+    return law
+
+
+def logits(law: Law) -> Tensor | None:
+    """The logits of a law under its wrappers, or None for a law without."""
+    return getattr(core(law), "logits", None)
+
+
+def describe(law: Law) -> str:
+    """A law's name as a user wrote it."""
+    return type(core(law)).__name__
+
+
+def dtype_and_device(law: Law) -> tuple[torch.dtype, torch.device]:
+    """Where a law lives, read off the first of its parameters."""
+    base: Any = core(law)
+    while hasattr(base, "base_dist"):
+        base = core(base.base_dist)
+    for name in base.arg_constraints:
+        parameter = base.__dict__.get(name)
+        if isinstance(parameter, Tensor):
+            return parameter.dtype, parameter.device
+    return torch.get_default_dtype(), torch.get_default_device()
+
+
+@singledispatch
+def _core_score(law: Law, value: Tensor) -> Tensor:
+    return law.log_prob(value)
+
+
+@_core_score.register(OneHotCategorical)
+def _(law: OneHotCategorical, value: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return law.log_prob(value)
+    # torch looks the value up, which gives it no gradient: score it by the extension
+    # that is linear in the value and equal at the corners.
+    if law._validate_args:
+        law._validate_sample(value)
+    # a category that is masked out has log-probability -inf, and 0 * -inf is NaN
+    return (value * law.logits.masked_fill(law.logits == -torch.inf, 0)).sum(-1)
+
+
+def log_prob(law: Law, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability of a value, without and with the law's own masks.
+
+    An estimator differentiates the first: masking a site changes what it costs, not
+    how it is drawn. The cost is made of the second. Without masks they are the same
+    tensor.
+    """
+    if isinstance(law, Independent):
+        both = log_prob(law.base_dist, value)
+        return _each(both, lambda x: _sum_rightmost(x, law.reinterpreted_batch_ndims))
+    if isinstance(law, MaskedDistribution):
+        score, masked = log_prob(law.base_dist, value)
+        return score, scale_and_mask(masked, mask=law._mask)
+    if isinstance(law, ExpandedDistribution):
+        batch = value.shape[: value.dim() - law.event_dim]
+        shape = broadcast_shape(law.batch_shape, batch)
+        return _each(log_prob(law.base_dist, value), lambda x: x.expand(shape))
+    score = _core_score(law, value)
+    return score, score
+
+
+def _each(both: tuple[Tensor, Tensor], change: Any) -> tuple[Tensor, Tensor]:
+    first = change(both[0])
+    return first, first if both[1] is both[0] else change(both[1])
+
+
+def _sum_rightmost(x: Tensor, count: int) -> Tensor:
+    return x.sum(tuple(range(-count, 0))) if count else x

@@ -1,0 +1,45 @@
+"""How a gradient is estimated: one family a file.
+
+=============================  ==================  ==========================================
+estimator                      laws                evaluations of the program
+=============================  ==================  ==========================================
+:class:`REINFORCE`             any                 1
+:class:`RLOO`                  any                 ``num_samples``
+:class:`DisARM`                Bernoulli           1 + 1 a site
+:class:`Enumerate`             finite support      1 + the size of the support, a site
+:class:`Pathwise`              with ``rsample``    1
+:class:`Auto`                  any                 1 or 4
+=============================  ==================  ==========================================
+"""
+
+from .base import AbstractEstimator as AbstractEstimator
+from .base import Ask as Ask
+from .base import Context as Context
+from .base import Draw as Draw
+from .base import Estimate as Estimate
+from .baselines import AbstractBaseline as AbstractBaseline
+from .baselines import MovingAverage as MovingAverage
+from .baselines import NeuralBaseline as NeuralBaseline
+from .coupled import DisARM as DisARM
+from .exact import Enumerate as Enumerate
+from .pathwise import Auto as Auto
+from .pathwise import Pathwise as Pathwise
+from .score import REINFORCE as REINFORCE
+from .score import RLOO as RLOO
+
+__all__ = [
+    "REINFORCE",
+    "RLOO",
+    "AbstractBaseline",
+    "AbstractEstimator",
+    "Ask",
+    "Auto",
+    "Context",
+    "DisARM",
+    "Draw",
+    "Enumerate",
+    "Estimate",
+    "MovingAverage",
+    "NeuralBaseline",
+    "Pathwise",
+]

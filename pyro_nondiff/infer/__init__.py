@@ -1,0 +1,13 @@
+"""Objectives: they run programs in worlds, collect costs, and ask the estimators."""
+
+from .config import config_estimator as config_estimator
+from .elbo import EstimatorELBOModule as EstimatorELBOModule
+from .elbo import TraceEstimator_ELBO as TraceEstimator_ELBO
+from .elbo import TraceREINFORCE_ELBO as TraceREINFORCE_ELBO
+
+__all__ = [
+    "EstimatorELBOModule",
+    "TraceEstimator_ELBO",
+    "TraceREINFORCE_ELBO",
+    "config_estimator",
+]

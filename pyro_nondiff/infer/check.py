@@ -1,0 +1,153 @@
+"""The world check: a program that broadcasts wrongly is told so, never trained wrongly."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..errors import NonDiffError
+from .execute import Chunk, Pair, run_recorded, terms_of
+from .worlds import Plan, Recorder, Site, lift
+
+
+@contextmanager
+def preserved() -> Iterator[Callable[[], None]]:
+    """Notes random states, and the buffers of each module that runs in the block.
+
+    Yields:
+        A function that puts them back.
+    """
+    buffers: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def note(module: nn.Module, _: Any) -> None:
+        if module not in buffers:
+            own = module.named_buffers(recurse=False)
+            buffers[module] = {name: buffer.clone() for name, buffer in own}
+
+    generators = _random_states()
+
+    def restore() -> None:
+        _set_random_states(generators)
+        with torch.no_grad():
+            for module, noted in buffers.items():
+                for name, value in noted.items():
+                    module.get_buffer(name).copy_(value)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield restore
+    finally:
+        handle.remove()
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+    random.setstate(states[2])
+    np.random.set_state(states[3])
+
+
+def check_worlds(pair: Pair, chunk: Chunk) -> str | None:
+    """Replays each world of a vectorised run alone, and compares all terms.
+
+    Returns:
+        Why the check was skipped, or None if all worlds agree.
+
+    Raises:
+        NonDiffError: If a term differs, with the site and the world.
+    """
+    if any(term.value.is_meta for term in chunk.terms):
+        return None
+    first, again = _alone(pair, chunk, 0, 0), _alone(pair, chunk, 0, 0)
+    if any(not _close(first[key], again[key]) for key in first.keys() & again.keys()):
+        return "the program has randomness outside its sample sites (dropout, say)"
+    for row in range(chunk.plan.num_rows):
+        for base in range(chunk.plan.base):
+            alone = first if row == base == 0 else _alone(pair, chunk, row, base)
+            _compare(chunk, alone, row, base)
+    return None
+
+
+_Key = tuple[str, bool]
+
+
+def _alone(pair: Pair, chunk: Chunk, row: int, base: int) -> dict[_Key, Tensor]:
+    """The terms of one world, run on its own with its values."""
+    values = {
+        site.name: _slice_value(site, chunk.plan, row, base)
+        for site in chunk.run.guide.values()
+        if site.latent
+    }
+    subsamples = dict(chunk.run.subsamples)
+    plan = Plan(nesting=chunk.plan.nesting)
+    with torch.no_grad():
+        run = run_recorded(pair, _Given(values, subsamples), subsamples)
+        return {(t.site.name, t.in_guide): t.value for t in terms_of(run, plan)}
+
+
+def _slice_value(site: Site, plan: Plan, row: int, base: int) -> Tensor:
+    """A value in one world, with the dimensions that it has in a run of its own."""
+    event = site.value.shape[site.value.dim() - site.law.event_dim :]
+    worlds = lift(site.value, plan.nesting + 2 + site.law.event_dim)
+    worlds = worlds[row if worlds.shape[0] > 1 else 0]
+    value = worlds[base if worlds.shape[0] > 1 else 0].detach()
+    depth = max((-frame.dim for frame in site.frames), default=0)
+    plates = value.shape[plan.nesting - depth : plan.nesting]
+    return value.reshape(plates + event)
+
+
+def _compare(chunk: Chunk, alone: Mapping[_Key, Tensor], row: int, base: int) -> None:
+    for term in chunk.terms:
+        name, value = term.site.name, term.value.detach()
+        value = value[row : row + 1] if value.shape[0] > 1 else value
+        value = value[:, base : base + 1] if value.shape[1] > 1 else value
+        expected = alone.get((name, term.in_guide))
+        if expected is None or not _close(value, expected):
+            program = "guide" if term.in_guide else "model"
+            raise NonDiffError(
+                f"site '{name}' of the {program} has another log-probability in world ({row}, "
+                f"{base}) of a vectorised run than in that world alone: the program does not "
+                f"broadcast over the {_dims(chunk.plan)} dimensions at the left of its plates. "
+                "Index from the right (x[..., 0], sum(-1)), or pass worlds='sequential'."
+            )
+
+
+def _dims(plan: Plan) -> int:
+    return (plan.num_rows > 1) + (plan.base > 1 or plan.num_rows > 1)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the order in which sums were taken: half of the digits."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    try:
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    except RuntimeError:  # shapes that do not broadcast
+        return False
+
+
+class _Given(Recorder):
+    """A guide's run with all values given."""
+
+    def __init__(self, values: Mapping[str, Tensor], subsamples: dict[str, Any]) -> None:
+        super().__init__("guide", subsamples)
+        self.values = values
+
+    def give_value(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.values:
+            raise NonDiffError(
+                f"site '{name}' was met in one world and not in a vectorised run of all: the "
+                "program's sites depend on values. Pass worlds='sequential'."
+            )
+        msg["value"], msg["done"] = self.values[name], True

@@ -1,0 +1,124 @@
+"""What a site can influence, by the order of the sites alone.
+
+The terms of the objective are the log-probabilities of the model's sites and, with a
+minus, the guide's. Two rules decide which of them are the cost of a site. Both assume
+that no value travels from guide to model outside sample sites.
+
+1. *Which terms.* Guide terms before the site cannot depend on it. A model term can,
+   unless every latent site that the model has met up to it precedes the site in the
+   guide. So each term has a *reach*: its own place in the guide's order or, for a model
+   term, the last place among the latent sites met up to it. The cost of the site at
+   place ``i`` is made of the terms with reach ``>= i``.
+2. *Which plate frames.* A term keeps a frame of the site, so that each plate element
+   pays for itself alone, only if no latent site outside that frame lies after the site
+   and not after the term's reach: such a site may carry one element's value to another.
+   Otherwise the frame is summed.
+
+Both rules are monotone in the place of the site, so one pass from the last site to the
+first finds all costs, in time linear in the number of terms.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+from torch import Tensor
+
+from .worlds import Site
+
+Frames = frozenset[object]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of the objective, to be maximised.
+
+    Arguments:
+        site: The site it stands for, with the guide's or the model's law.
+        value: Of shape ``(rows, base worlds, plates)``, scaled and masked.
+        score: The log-probability of the values, neither scaled nor masked.
+        reach: The place in the guide's order that the term can depend on.
+        in_guide: Whether it enters with a minus.
+    """
+
+    site: Site
+    value: Tensor
+    score: Tensor
+    reach: int
+    in_guide: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The cost of a site.
+
+    Arguments:
+        value: Of shape ``(rows, base worlds, plates)``, detached, to be minimised.
+        shared: The names of the site's plates that a part of the cost lies outside of,
+            with the latent site that joins their elements, or None if a term does.
+    """
+
+    value: Tensor
+    shared: dict[str, str | None]
+
+
+def reaches(guide: Sequence[Site], model: Sequence[Site]) -> dict[str, int]:
+    """The reach of each model site: the last guide place met up to it, or -1."""
+    place = {site.name: i for i, site in enumerate(guide)}
+    reach, found = -1, {}
+    for site in model:
+        if site.latent:
+            reach = max(reach, place[site.name])
+        found[site.name] = reach
+    return found
+
+
+def site_costs(guide: Sequence[Site], terms: Iterable[Term]) -> dict[str, Cost]:
+    """The cost of each latent site of the guide that has an estimator other than pathwise.
+
+    Arguments:
+        guide: The guide's sites in their order.
+        terms: All terms of the objective.
+    """
+    arriving: dict[int, list[Term]] = {}
+    for term in terms:
+        arriving.setdefault(term.reach, []).append(term)
+    pool: dict[Frames, Tensor] = {}
+    joined_by: dict[object, str] = {}
+    costs = {}
+    for place in range(len(guide) - 1, -1, -1):
+        site = guide[place]
+        for term in arriving.get(place, ()):
+            value = term.value.detach()
+            _add(pool, frozenset(term.site.frames), value if term.in_guide else -value)
+        if not site.latent:
+            continue
+        frames = frozenset(site.frames)
+        for lost in {frame for group in pool for frame in group} - frames:
+            joined_by[lost] = site.name
+        pool = _keep(pool, frames)
+        if site.estimator is not None and not site.ask.pathwise:
+            costs[site.name] = Cost(reduce(add, pool.values()), _shared(pool, frames, joined_by))
+    return costs
+
+
+def _keep(pool: dict[Frames, Tensor], frames: Frames) -> dict[Frames, Tensor]:
+    """Sums the pool over every frame but the given ones."""
+    kept: dict[Frames, Tensor] = {}
+    for group, value in pool.items():
+        dims = sorted(frame.dim for frame in group - frames)  # type: ignore[attr-defined]
+        _add(kept, group & frames, value.sum(dims, keepdim=True) if dims else value)
+    return kept
+
+
+def _add(pool: dict[Frames, Tensor], group: Frames, value: Tensor) -> None:
+    pool[group] = pool[group] + value if group in pool else value
+
+
+def _shared(
+    pool: dict[Frames, Tensor], frames: Frames, joined_by: dict[object, str]
+) -> dict[str, str | None]:
+    common = frozenset.intersection(frames, *pool)
+    missing = [frame for frame in frames - common if frame.size > 1]  # type: ignore[attr-defined]
+    return {frame.name: joined_by.get(frame) for frame in missing}  # type: ignore[attr-defined]

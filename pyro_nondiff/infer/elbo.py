@@ -1,0 +1,221 @@
+"""The evidence lower bound, with an estimator a site."""
+
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..distributions import logits
+from ..errors import NonDiffError
+from ..estimators import REINFORCE, AbstractEstimator
+from ..estimators.baselines import AbstractBaseline
+from .config import check_type
+from .execute import Pair, Program
+from .objective import Step, evaluate, take_step
+from .planner import Planner, Worlds
+from .states import EstimatorStates, own_gradients
+
+__all__ = ["TraceEstimator_ELBO", "TraceREINFORCE_ELBO"]
+
+
+class EstimatorELBOModule(ELBOModule):
+    """A model, a guide, and what their estimators learn, as one module.
+
+    Like lazily made Pyro parameters, what estimators learn is made on the first call:
+    call the module once on data before its parameters go to an optimiser.
+    """
+
+    def __init__(self, model: Program, guide: Program, elbo: "TraceEstimator_ELBO") -> None:
+        super().__init__(model, guide, elbo)
+        self.estimators = elbo.states
+
+
+class TraceEstimator_ELBO(ELBO):
+    r"""The negative ELBO, with a gradient estimator chosen a site.
+
+    .. math:: \mathcal{L} = -\mathbb{E}_{z \sim q}[\log p(x, z) - \log q(z)]
+
+    A site's estimator is, in this order: the outermost ``config_estimator``'s, the site's
+    ``infer={"estimator": ...}``, and ``estimator`` for laws without ``rsample``; laws with
+    ``rsample`` are pathwise unless they are given another by name.
+
+    Arguments:
+        estimator: The estimator of every site that has no other and no ``rsample``;
+            :class:`pyro_nondiff.estimators.Auto` if None.
+        num_particles: The least number of base worlds; estimators may ask for more.
+        max_plate_nesting: A bound on the nesting of plates; found by a run if infinite.
+        vectorize_particles: ``True`` is ``worlds="vectorized"``, ``False`` is
+            ``worlds="sequential"``.
+        retain_graph: Whether the graph survives :meth:`loss_and_grads`.
+        worlds: ``"vectorized"`` runs all worlds at once and refuses a program that does not
+            broadcast; ``"sequential"`` runs them one by one, and the program's sites may
+            depend on values; ``"auto"`` takes the first if the program passes, else warns
+            once and takes the second.
+
+    Raises:
+        NonDiffError: For an argument that is none of these; at a step, for a site that its
+            estimator cannot serve, a site without a partner, or a program that does not
+            broadcast. Nothing has then been trained.
+
+    Example:
+        >>> from pyro.infer import SVI
+        >>> from pyro_nondiff.estimators import RLOO
+        >>> from pyro_nondiff.infer import TraceEstimator_ELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     logit = pyro.param("logit", torch.tensor(0.0))
+        ...     pyro.sample("z", dist.Bernoulli(logits=logit))
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceEstimator_ELBO(RLOO(4)))
+        >>> for _ in range(100):
+        ...     loss = svi.step(torch.tensor(2.0))
+        >>> bool(pyro.param("logit") > 1)
+        True
+    """
+
+    def __init__(
+        self,
+        estimator: AbstractEstimator | None = None,
+        *,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+        vectorize_particles: bool | None = None,
+        retain_graph: bool | None = None,
+        worlds: Worlds = "auto",
+    ) -> None:
+        if estimator is not None:
+            check_type("every site", estimator)
+        if num_particles < 1:
+            raise NonDiffError(f"num_particles must be at least 1, found {num_particles}")
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            retain_graph=retain_graph,
+        )
+        self.estimator = estimator
+        self.worlds = _reconcile(worlds, vectorize_particles)
+        self.states = EstimatorStates()
+        self._planner = Planner(num_particles, max_plate_nesting, self.worlds)
+
+    def __call__(self, model: Program, guide: Program) -> EstimatorELBOModule:
+        """The loss of a model and a guide as a module, with what the estimators learn."""
+        return EstimatorELBOModule(model, guide, self)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss as a number, from ``num_particles`` base worlds."""
+        with torch.no_grad():
+            chunks = self._planner.run(self._pair(model, guide, args, kwargs), estimating=False)
+            return float(evaluate(chunks).mean())
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss as a scalar tensor whose gradient is the estimators' estimate."""
+        step, surrogate = self._step(model, guide, args, kwargs)
+        _commit(step)
+        return surrogate + (step.loss.mean() - surrogate).detach()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a detached scalar tensor; gradients are added to the parameters."""
+        step, surrogate = self._step(model, guide, args, kwargs)
+        if surrogate.requires_grad:
+            surrogate.backward(retain_graph=self.retain_graph)  # type: ignore[no-untyped-call]
+        _commit(step)
+        return step.loss.mean()
+
+    def site_gradients(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The estimate at each estimated site, for the logits of its law.
+
+        Nothing learnt changes. Sites whose laws have no logits are left out.
+
+        Returns:
+            For each site, the gradient of the loss with respect to the logits, of their shape.
+        """
+        pair = self._pair(model, guide, args, kwargs)
+        chunks = self._planner.run(pair, estimating=True)
+        step = take_step(pair, chunks, self.states.of)
+        if len(chunks) > 1:
+            raise NonDiffError(
+                "site_gradients needs one set of logits a site, and the worlds ran one by one. "
+                "Make the program broadcast."
+            )
+        leaves = {name: logits(site.law) for name, site in chunks[0].run.guide.items()}
+        found = {}
+        for name, surrogate in step.site_surrogates.items():
+            leaf = leaves[name]
+            if leaf is not None and leaf.requires_grad:
+                loss = -surrogate.mean()
+                found[name] = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+        return found
+
+    def _pair(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Pair:
+        for program in (model, guide):
+            if isinstance(program, Messenger):
+                raise NonDiffError(
+                    f"{type(program).__name__} is a guide made of effects, which the objective "
+                    "cannot run in worlds. Use a guide function, a PyroModule or an autoguide."
+                )
+        return Pair(model, guide, args, kwargs, self.estimator)
+
+    def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Step, Tensor]:
+        pair = self._pair(model, guide, args, kwargs)
+        chunks = self._planner.run(pair, estimating=True)
+        step = take_step(pair, chunks, self.states.of)
+        self.states.register()
+        surrogate = step.surrogate.mean()
+        if (own := own_gradients(step.own_losses, self.states)) is not None:
+            surrogate = surrogate + own
+        for local, other in step.joined:
+            self._planner.warn(
+                f"site '{local}' lies in a plate that the later guide site '{other}' is outside "
+                "of, so the costs of all plate elements are summed for each: its gradient is "
+                "unbiased, but varies more. Draw global sites before local ones in the guide."
+            )
+        return step, surrogate
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("worlds are run by the planner, not traced one by one")
+
+
+class TraceREINFORCE_ELBO(TraceEstimator_ELBO):
+    """:class:`TraceEstimator_ELBO` with REINFORCE at every site without ``rsample``.
+
+    Arguments:
+        baseline: The baseline of every such site, see
+            :class:`pyro_nondiff.estimators.REINFORCE`.
+        **options: As for :class:`TraceEstimator_ELBO`.
+
+    Example:
+        >>> from pyro_nondiff.estimators import MovingAverage
+        >>> from pyro_nondiff.infer import TraceREINFORCE_ELBO
+        >>> TraceREINFORCE_ELBO(MovingAverage(decay=0.99)).estimator
+        REINFORCE(baseline=MovingAverage(decay=0.99, per_element=False))
+    """
+
+    def __init__(self, baseline: AbstractBaseline | None = None, **options: Any) -> None:
+        super().__init__(REINFORCE(baseline), **options)
+
+
+def _reconcile(worlds: Worlds, vectorize_particles: bool | None) -> Worlds:
+    if worlds not in ("auto", "vectorized", "sequential"):
+        raise NonDiffError(f"worlds must be 'auto', 'vectorized' or 'sequential', found {worlds!r}")
+    if vectorize_particles is None:
+        return worlds
+    meant: Worlds = "vectorized" if vectorize_particles else "sequential"
+    if worlds not in ("auto", meant):
+        raise NonDiffError(
+            f"vectorize_particles={vectorize_particles} means worlds={meant!r}, but worlds="
+            f"{worlds!r} was given too. Give one of them."
+        )
+    return meant
+
+
+def _commit(step: Step) -> None:
+    for update in step.updates:
+        update()

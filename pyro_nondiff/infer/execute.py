@@ -1,0 +1,190 @@
+"""Runs a guide and a model together, in one world or in many."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from traceback import extract_tb
+from typing import Any
+
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from ..distributions import log_prob
+from ..errors import NonDiffError
+from ..estimators import AbstractEstimator
+from .costs import Term, reaches
+from .worlds import Branch, GuideWorlds, ModelWorlds, Plan, Recorder, Site, lift
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a guide with their arguments and the objective's default estimator."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    default: AbstractEstimator | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of guide and model: their sites, in the order in which they were met."""
+
+    guide: dict[str, Site]
+    model: dict[str, Site]
+    subsamples: dict[str, Any]
+
+    @property
+    def nesting(self) -> int:
+        """How many plate dimensions the run used."""
+        sites = [*self.guide.values(), *self.model.values()]
+        return max((-frame.dim for site in sites for frame in site.frames), default=0)
+
+    @property
+    def branches(self) -> tuple[tuple[str, int], ...]:
+        """How many worlds each site asked to branch into."""
+        asks = [(site.name, site.ask.hard) for site in self.guide.values()]
+        return tuple((name, count) for name, count in asks if count)
+
+    @property
+    def base(self) -> int:
+        """How many base worlds the sites asked for."""
+        return max((site.ask.base for site in self.guide.values()), default=1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Base worlds that ran together, with the branches that ran apart from them.
+
+    A vectorised execution is one chunk whose run has all rows; a sequential one has a
+    chunk for each base world and a run for each branch.
+    """
+
+    plan: Plan
+    run: Run
+    terms: list[Term]
+    branches: dict[str, list["Chunk"]] = field(default_factory=dict)
+
+
+def run_pair(pair: Pair, plan: Plan, branch: Branch | None = None, subsamples: Any = None) -> Run:
+    """Runs the guide, and the model with the guide's values."""
+    subsamples = {} if subsamples is None else dict(subsamples)
+    guide = GuideWorlds(plan, pair.default, subsamples, branch)
+    return run_recorded(pair, guide, subsamples)
+
+
+def run_recorded(pair: Pair, guide: Recorder, subsamples: dict[str, Any]) -> Run:
+    """Runs the guide under a recorder of one's own, and the model with its values."""
+    _run(pair.guide, guide, pair)
+    model = ModelWorlds(guide.sites, subsamples)
+    _run(pair.model, model, pair)
+    _check_partners(guide.sites, model.sites)
+    return Run(guide.sites, model.sites, subsamples)
+
+
+def _run(program: Program, recorder: Recorder, pair: Pair) -> None:
+    try:
+        with recorder:
+            program(*pair.args, **pair.kwargs)
+    except NonDiffError:
+        raise
+    except ValueError as error:
+        last = next(reversed(recorder.sites), None)
+        after = "before its first site" if last is None else f"after site '{last}'"
+        raise NonDiffError(
+            f"the {recorder.program} failed {after}, at {_place(error)}: {error}"
+        ) from error
+
+
+def _place(error: ValueError) -> str:
+    """The innermost line of the program that is no library's."""
+    frames = extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    frame = (own or list(frames))[-1]
+    return f"line {frame.lineno} of {frame.name}(): {frame.line}"
+
+
+def _check_partners(guide: dict[str, Site], model: dict[str, Site]) -> None:
+    for site in guide.values():
+        partner = model.get(site.name)
+        if site.observed and not site.law.has_rsample:
+            raise NonDiffError(
+                f"site '{site.name}' is observed in the guide. Observe it in the model; a "
+                "pyro.factor in the guide needs has_rsample=True."
+            )
+        if site.auxiliary or site.observed or (partner is not None and partner.latent):
+            continue
+        found = "observes it" if partner is not None else "does not have it"
+        raise NonDiffError(
+            f"site '{site.name}' is drawn in the guide, and the model {found}: the model's "
+            f"latent sites are {sorted(s.name for s in model.values() if s.latent)}. Draw it in "
+            'the model too, or mark it with infer={"is_auxiliary": True} in the guide.'
+        )
+
+
+def terms_of(run: Run, plan: Plan) -> list[Term]:
+    """All terms of the objective, in worlds and plates."""
+    reach = reaches(list(run.guide.values()), list(run.model.values()))
+    guide = [_term(site, i, True, plan) for i, site in enumerate(run.guide.values())]
+    model = [_term(site, reach[site.name], False, plan) for site in run.model.values()]
+    return guide + model
+
+
+def _term(site: Site, reach: int, in_guide: bool, plan: Plan) -> Term:
+    score, masked = log_prob(site.law, site.value)
+    value = lift(scale_and_mask(masked, site.scale, site.mask), plan.nesting + 2)
+    _check_shape(site, value, plan)
+    return Term(site, value, lift(score, plan.nesting + 2), reach, in_guide)
+
+
+def _check_shape(site: Site, value: Tensor, plan: Plan) -> None:
+    """Every dimension of a term must be declared: a world or a plate."""
+    declared = {frame.dim for frame in site.frames}
+    rank = plan.nesting + 2
+    worlds = {-rank: plan.num_rows, 1 - rank: plan.base}
+    for dim in range(-value.dim(), 0):
+        size = value.shape[dim]
+        if size == 1 or dim in declared or worlds.get(dim) == size:
+            continue
+        raise NonDiffError(
+            f"site '{site.name}' has batch shape {tuple(site.law.batch_shape)} with size {size} "
+            f"at dimension {dim}, which no plate declares. Add .to_event() to the law, or draw "
+            "it inside a plate."
+        )
+
+
+def execute(pair: Pair, plan: Plan) -> list[Chunk]:
+    """All worlds of a step, as the plan has them."""
+    if plan.mode == "sequential":
+        return list(_sequential(pair, plan))
+    run = run_pair(pair, plan)
+    return [Chunk(plan, run, terms_of(run, plan) if run.nesting <= plan.nesting else [])]
+
+
+def _sequential(pair: Pair, plan: Plan) -> Iterator[Chunk]:
+    """One run a world; how many worlds is found on the way."""
+    wanted, done = plan.base, 0
+    subsamples: dict[str, Any] = {}
+    while done < wanted:
+        run = run_pair(pair, Plan(), subsamples=subsamples)
+        subsamples = run.subsamples
+        single = Plan(nesting=max(plan.nesting, run.nesting))
+        branches = {
+            name: [_branch(pair, single, run, name, 1 + row) for row in range(count)]
+            for name, count in (run.branches if plan.branches else ())
+        }
+        yield Chunk(single, run, terms_of(run, single), branches)
+        wanted = max(wanted, run.base) if plan.branches or plan.base > 1 else wanted
+        done += 1
+
+
+def _branch(pair: Pair, plan: Plan, base: Run, site: str, row: int) -> Chunk:
+    run = run_pair(pair, plan, Branch(base.guide, site, row), base.subsamples)
+    return Chunk(plan, run, terms_of(run, plan))
+
+
+def sites_of(chunks: Sequence[Chunk]) -> list[str]:
+    """The names of the guide's sites, in the order of their first meeting."""
+    return list(dict.fromkeys(name for chunk in chunks for name in chunk.run.guide))

@@ -1,0 +1,272 @@
+"""A step: from runs to the loss and to the surrogate whose gradient is the estimate."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonDiffError
+from ..estimators import Context, Draw, Estimate
+from .costs import Cost, site_costs
+from .execute import Chunk, Pair
+from .worlds import Site, lift
+
+StateOf = Callable[[Site], nn.Module | None]
+
+
+@dataclass
+class Step:
+    """What one step found, unreduced over base worlds.
+
+    Arguments:
+        loss: The loss of each base world, ``(K,)``, without gradient.
+        surrogate: Its gradient is the estimate, ``(K,)``.
+        site_surrogates: The part of the surrogate that each estimated site adds.
+        own_losses: What trains the estimators' states.
+        updates: To be called when the step has succeeded.
+        joined: Pairs of sites: a local one, and the later one that joins its plate.
+    """
+
+    loss: Tensor
+    surrogate: Tensor
+    site_surrogates: dict[str, Tensor] = field(default_factory=dict)
+    own_losses: list[Tensor] = field(default_factory=list)
+    updates: list[Callable[[], None]] = field(default_factory=list)
+    joined: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _SiteRows:
+    """One estimated site in all of its worlds, see :class:`pyro_nondiff.estimators.Draw`."""
+
+    site: Site
+    draw: Draw
+    costs: Tensor
+    scores: Tensor
+    worlds: list[int]
+
+
+def take_step(pair: Pair, chunks: Sequence[Chunk], state_of: StateOf) -> Step:
+    """The loss and the surrogate of a step.
+
+    Arguments:
+        pair: The programs and their arguments.
+        chunks: All runs of the step.
+        state_of: The learnt state of a site.
+    """
+    parts = [_pathwise(chunk) for chunk in chunks]
+    step = Step(-torch.cat([loss for loss, _ in parts]), -torch.cat([path for _, path in parts]))
+    for rows in _estimated_sites(chunks, step):
+        _estimate(pair, rows, state_of, step)
+    return step
+
+
+def evaluate(chunks: Sequence[Chunk]) -> Tensor:
+    """The loss of each base world, ``(K,)``."""
+    return -torch.cat([_pathwise(chunk)[0] for chunk in chunks])
+
+
+def _estimate(pair: Pair, rows: _SiteRows, state_of: StateOf, step: Step) -> None:
+    site, scores = rows.site, rows.scores
+    context = Context(site.name, pair.args, pair.kwargs, tuple(scores.shape[1:]))
+    if site.estimator is None:
+        raise TypeError("an estimated site has an estimator")
+    found = site.estimator.estimate(rows.draw, rows.costs, state_of(site), context)
+    surrogate = _site_surrogate(site, found, rows)
+    step.site_surrogates[site.name] = surrogate
+    if surrogate.shape != step.surrogate.shape:  # a site that only some base worlds have met
+        index = torch.tensor(rows.worlds, device=surrogate.device)
+        surrogate = torch.zeros_like(step.surrogate).index_add(0, index, surrogate)
+    step.surrogate = step.surrogate + surrogate
+    if found.own_loss is not None:
+        step.own_losses.append(found.own_loss)
+    if found.update is not None:
+        step.updates.append(found.update)
+
+
+def _site_surrogate(site: Site, found: Estimate, rows: _SiteRows) -> Tensor:
+    if found.weight is not None:
+        scores = rows.scores[: found.weight.shape[0]]
+        return _sum_but(found.weight.detach() * scores, 1)
+    if found.gradient is not None and rows.draw.logits is not None:
+        return _sum_but(found.gradient.detach() * rows.draw.logits, 0)
+    raise NonDiffError(
+        f"site '{site.name}': {site.estimator!r} returned neither a weight for log_prob nor a "
+        "gradient with the logits that it is for."
+    )
+
+
+def _sum_but(x: Tensor, dim: int) -> Tensor:
+    dims = [d for d in range(x.dim()) if d != dim]
+    return x.sum(dims) if dims else x
+
+
+# --- the pathwise part: the objective itself, averaged over rows -----------------------
+
+
+def _pathwise(chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """The objective's value, and the part that is differentiated through the values."""
+    pieces = [(chunk, _vectorised_weights(chunk))]
+    if chunk.branches:
+        pieces = list(_sequential_weights(chunk))
+    path, score = [], []
+    for piece, weights in pieces:
+        for term in piece.terms:
+            value = -term.value if term.in_guide else term.value
+            scored = term.in_guide and term.site.latent and not term.site.ask.pathwise
+            total = _weighted(value.detach() if scored else value, weights)
+            (score if scored else path).append(total)
+    zeros = chunk.terms[0].value.new_zeros(chunk.plan.base)
+    surrogate = reduce(add, path, zeros)
+    return reduce(add, score, surrogate.detach()), surrogate
+
+
+def _weighted(value: Tensor, weights: Tensor | None) -> Tensor:
+    """A term summed over plates and rows, ``(K or 1,)``."""
+    if weights is not None and value.shape[0] == weights.shape[0]:
+        # where a term has no plate of a weight's, it does not depend on the site: take the mean
+        dims = [d for d in range(2, value.dim()) if value.shape[d] == 1 < weights.shape[d]]
+        value = value * (weights.mean(dims, keepdim=True) if dims else weights)
+    return _sum_but(value, 1)
+
+
+def _branching(chunk: Chunk) -> tuple[list[Site], float, float]:
+    """The sites that branch, the weight of the base row, and the sum of all weights."""
+    sites = [site for site in chunk.run.guide.values() if site.ask.hard]
+    base = min((site.ask.base_mass for site in sites), default=1.0)
+    return sites, base, base + sum(site.ask.hard_mass for site in sites)
+
+
+def _vectorised_weights(chunk: Chunk) -> Tensor | None:
+    """The weight of each row, ``(rows, K or 1, plates)``."""
+    if chunk.plan.num_rows == 1:
+        return None
+    sites, base, total = _branching(chunk)
+    like = chunk.terms[0].value
+    ones = like.new_ones((1,) * like.dim())
+    weights = [ones * (base / total), *(_hard_weights(site, chunk, ones) / total for site in sites)]
+    shape = torch.broadcast_shapes(*(weight.shape[1:] for weight in weights))
+    return torch.cat([weight.expand(-1, *shape) for weight in weights])
+
+
+def _hard_weights(site: Site, chunk: Chunk, ones: Tensor) -> Tensor:
+    draw = _base_draw(site, chunk.plan.nesting)
+    if draw.hard_weights is not None:
+        return draw.hard_weights
+    return (ones * (site.ask.hard_mass / site.ask.hard)).expand(site.ask.hard, *ones.shape[1:])
+
+
+def _sequential_weights(chunk: Chunk) -> Any:
+    sites, base, total = _branching(chunk)
+    like = chunk.terms[0].value
+    ones = like.new_ones((1,) * like.dim())
+    yield chunk, ones * (base / total)
+    for site in sites:
+        weights = _hard_weights(site, chunk, ones) / total
+        for row, branch in enumerate(chunk.branches[site.name]):
+            yield branch, weights[row : row + 1]
+
+
+# --- the estimated part: a site with its costs in its own worlds -----------------------
+
+
+def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
+    """Each estimated site, with base worlds that ran apart put side by side."""
+    found: dict[str, list[_SiteRows]] = {}
+    first = 0
+    for chunk in chunks:
+        worlds = list(range(first, first + chunk.plan.base))
+        first += chunk.plan.base
+        costs = site_costs(list(chunk.run.guide.values()), chunk.terms)
+        for name, cost in costs.items():
+            site = chunk.run.guide[name]
+            _check_shared(site, cost, step)
+            found.setdefault(name, []).append(_site_rows(site, cost, chunk, worlds))
+    return [rows[0] if len(rows) == 1 else _side_by_side(rows) for rows in found.values()]
+
+
+def _site_rows(site: Site, cost: Cost, chunk: Chunk, worlds: list[int]) -> _SiteRows:
+    scores = next(t.score for t in chunk.terms if t.in_guide and t.site is site)
+    values, own = cost.value, chunk.plan.rows_of(site.name)
+    if site.name in chunk.branches:
+        branches = [_branch_rows(site.name, branch) for branch in chunk.branches[site.name]]
+        values = _cat([values, *(value for value, _ in branches)], 0)
+        scores = _cat([scores, *(score for _, score in branches)], 0)
+    else:
+        values, scores = _own_rows(values, own), _own_rows(scores, own)
+    return _SiteRows(site, _base_draw(site, chunk.plan.nesting), values, scores, worlds)
+
+
+def _branch_rows(name: str, branch: Chunk) -> tuple[Tensor, Tensor]:
+    costs = site_costs(list(branch.run.guide.values()), branch.terms)
+    score = next(t.score for t in branch.terms if t.in_guide and t.site.name == name)
+    return costs[name].value, score
+
+
+def _own_rows(x: Tensor, own: slice) -> Tensor:
+    count = 1 + own.stop - own.start
+    if x.shape[0] == 1:
+        return x.expand(count, *x.shape[1:])
+    return x[:1] if count == 1 else torch.cat([x[:1], x[own]])
+
+
+def _base_draw(site: Site, nesting: int) -> Draw:
+    """A draw with its row dimension, that of other sites' branches, at the base row."""
+    if site.draw is None:
+        raise TypeError("a latent site has a draw")
+    draw, rank, event = site.draw, nesting + 2, site.law.event_dim
+    hard = draw.hard_weights
+    return Draw(
+        _lift_behind(draw.values, rank + event)[:, 0],
+        None if draw.logits is None else lift(draw.logits, rank + event)[0],
+        None if hard is None else _lift_behind(hard, rank)[:, 0],
+    )
+
+
+def _lift_behind(x: Tensor, rank: int) -> Tensor:
+    return x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
+
+
+def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
+    draws = [r.draw for r in rows]
+    return _SiteRows(
+        rows[0].site,
+        Draw(
+            _cat([d.values for d in draws], 1),
+            _cat_given([d.logits for d in draws], 0),
+            _cat_given([d.hard_weights for d in draws], 1),
+        ),
+        _cat([r.costs for r in rows], 1),
+        _cat([r.scores for r in rows], 1),
+        [world for r in rows for world in r.worlds],
+    )
+
+
+def _cat_given(tensors: list[Tensor | None], dim: int) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return _cat(given, dim) if len(given) == len(tensors) else None
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """Concatenates tensors whose other dimensions broadcast."""
+    shapes = [t.shape[:dim] + (1,) + t.shape[dim + 1 :] for t in tensors]
+    shape = torch.broadcast_shapes(*shapes)
+    wide = [t.expand(shape[:dim] + t.shape[dim : dim + 1] + shape[dim + 1 :]) for t in tensors]
+    return torch.cat(wide, dim)
+
+
+def _check_shared(site: Site, cost: Cost, step: Step) -> None:
+    for plate, other in cost.shared.items():
+        if site.ask.per_element:
+            why = f"through site '{other}'" if other else "in a term outside the plate"
+            raise NonDiffError(
+                f"site '{site.name}': {site.estimator!r} sums over the values of each element of "
+                f"plate '{plate}' at once, but the elements share a cost {why}, where that sum "
+                "is biased. Use RLOO(), or DisARM() for a Bernoulli."
+            )
+        if other is not None:
+            step.joined.append((site.name, other))

@@ -1,0 +1,78 @@
+"""What the estimators of an objective learn, kept by site name."""
+
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonDiffError
+from ..estimators import AbstractEstimator
+from .worlds import Site
+
+
+class EstimatorStates(nn.Module):
+    """The learnt state of each site, made on its first step.
+
+    A ``state_dict`` that is loaded before a site's first step waits for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recipes: dict[str, AbstractEstimator] = {}
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, site: Site) -> nn.Module | None:
+        """The state of a site, made now if this is its first step."""
+        estimator, name = site.estimator, site.name
+        if estimator is None:
+            return None
+        known = self._recipes.setdefault(name, estimator)
+        if known != estimator:
+            raise NonDiffError(
+                f"site '{name}': its estimator was {known!r} and is {estimator!r} at this step. "
+                "Give the same estimator, with the same modules, at every step; make modules "
+                "once, outside the program."
+            )
+        key = _key(name)
+        if key not in self._modules:
+            self._modules[key] = self._made(key, estimator, site)
+        return self._modules[key]
+
+    def _made(self, key: str, estimator: AbstractEstimator, site: Site) -> nn.Module | None:
+        state = estimator.make_state(site.law)
+        if state is not None and (waiting := self._waiting.pop(key, None)) is not None:
+            state.load_state_dict(waiting)
+        return state
+
+    def register(self) -> None:
+        """Shows all parameters to Pyro's param store, so that ``SVI`` trains them.
+
+        They are named ``estimator.<site>$$$<parameter>``.
+        """
+        for key, state in self.named_children():
+            if any(True for _ in state.parameters()):
+                pyro.module(f"estimator.{key}", state, update_module_params=True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, value in state_dict.items():
+            if name.startswith(prefix):
+                key, _, rest = name[len(prefix) :].partition(".")
+                if key not in self._modules:
+                    self._waiting.setdefault(key, {})[rest] = value
+
+
+def own_gradients(losses: list[Tensor], states: EstimatorStates) -> Tensor | None:
+    """A surrogate of the estimators' own losses that reaches their states alone."""
+    parameters = [p for p in states.parameters() if p.requires_grad]
+    if not losses or not parameters:
+        return None
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    return torch.stack([(p * g).sum() for p, g in pairs]).sum() if pairs else None
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
