@@ -1,7 +1,6 @@
 """Finds, on the first step of each signature, how a program is run in worlds."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 

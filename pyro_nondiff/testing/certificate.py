@@ -1,0 +1,121 @@
+"""The exact expectation and variance of an estimator, through a whole objective."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import noise
+from ..infer import TraceEstimator_ELBO
+from .exact import exact_gradient, gradients_of, parameters_of
+from .source import Enumeration
+from .walk import outcomes
+
+__all__ = ["Certificate", "certify", "exact_moments"]
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What an estimator's gradient is, compared with what it should be.
+
+    Arguments:
+        exact: The exact gradient of each parameter.
+        mean: The exact expectation of the estimate.
+        variance: Its exact variance, elementwise.
+        outcomes: How many outcomes were summed.
+    """
+
+    exact: dict[str, Tensor]
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    outcomes: int
+
+    @property
+    def bias(self) -> float:
+        """The largest absolute difference between expectation and exact gradient."""
+        gaps = [(self.mean[name] - self.exact[name]).abs().max() for name in self.exact]
+        return float(torch.stack(gaps).max())
+
+    @property
+    def total_variance(self) -> float:
+        """The sum of all variances."""
+        return float(torch.stack([v.sum() for v in self.variance.values()]).sum())
+
+
+def certify(
+    elbo: TraceEstimator_ELBO,
+    model: Program,
+    guide: Program,
+    *args: Any,
+    nodes: int = 12,
+    **kwargs: Any,
+) -> Certificate:
+    """Compares an objective's gradient estimate with the exact gradient, without randomness.
+
+    All outcomes of all draws and of the noise are enumerated, so choose a small program:
+    their number is exponential in the number of discrete elements. What the estimators
+    have learnt so far is held fixed.
+
+    Arguments:
+        elbo: An objective with the estimators to certify.
+        model: A model.
+        guide: Its guide, of Bernoulli, Categorical, OneHotCategorical and normal sites.
+        *args: Arguments of both.
+        nodes: The number of quadrature nodes of each normal number.
+        **kwargs: Keyword arguments of both.
+
+    Raises:
+        NonDiffError: At a site of another law.
+
+    Example:
+        >>> from pyro_nondiff.estimators import DisARM
+        >>> from pyro_nondiff.infer import TraceEstimator_ELBO
+        >>> from pyro_nondiff.testing import certify
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     logit = pyro.param("logit", torch.tensor(0.3))
+        ...     pyro.sample("z", dist.Bernoulli(logits=logit))
+        >>> certificate = certify(TraceEstimator_ELBO(DisARM()), model, guide)
+        >>> certificate.bias < 1e-6
+        True
+    """
+    mean, variance, count = exact_moments(elbo, model, guide, *args, nodes=nodes, **kwargs)
+    exact = exact_gradient(model, guide, *args, nodes=nodes, **kwargs)
+    return Certificate(exact, mean, variance, count)
+
+
+def exact_moments(
+    elbo: TraceEstimator_ELBO,
+    model: Program,
+    guide: Program,
+    *args: Any,
+    nodes: int = 12,
+    **kwargs: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """The exact mean and variance of an objective's gradient estimate.
+
+    Returns:
+        Mean and variance of each parameter by name, and the number of outcomes.
+    """
+    elbo.differentiable_loss(model, guide, *args, **kwargs)  # plans, parameters and states exist
+    learnt = {name: value.clone() for name, value in elbo.states.state_dict().items()}
+    parameters = parameters_of(model, guide)
+    mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    square = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    count = 0
+    for walk in outcomes():
+        with noise.source(Enumeration(walk, nodes)):
+            loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        elbo.states.load_state_dict(learnt)
+        for name, gradient in gradients_of(loss, parameters).items():
+            mean[name] += walk.probability * gradient
+            square[name] += walk.probability * gradient**2
+        count += 1
+    variance = {name: square[name] - mean[name] ** 2 for name in mean}
+    return mean, variance, count

@@ -1,0 +1,93 @@
+"""A source of noise that goes through all outcomes instead of drawing.
+
+A discrete value changes only where its noise crosses a threshold, so noise is a finite
+number of pieces, each with a probability. Where a law differs between rows, the pieces
+are those of all rows together, so that one piece settles the value of every row.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributions import core
+from ..errors import NonDiffError
+from ..noise import Request
+from .walk import Walk
+
+__all__ = ["Enumeration"]
+
+
+class Enumeration:
+    """A :func:`pyro_nondiff.noise.source` that takes noise from a :class:`Walk`.
+
+    Logistic noise is cut at the logits of all rows, and at their negatives where an
+    estimator uses the noise's negative. Gumbel noise is replaced by noise that gives each
+    row the value at one point of its distribution function: each row has its own law,
+    and the expectation of an estimator, a sum over rows, is not changed by how they are
+    coupled. Normal noise takes the nodes of Gauss-Hermite quadrature.
+
+    Arguments:
+        walk: The path to follow.
+        nodes: The number of quadrature nodes of one normal number.
+    """
+
+    def __init__(self, walk: Walk, nodes: int = 12) -> None:
+        self.walk = walk
+        self.nodes = nodes
+
+    def __call__(self, request: Request) -> Tensor:
+        if request.kind == "normal":
+            return self._normal(request)
+        logits = _rows(core(request.law).logits.detach(), request.shape)
+        if request.kind == "gumbel":
+            return self._gumbel(logits)
+        if request.role == "antithetic":
+            logits = torch.cat([logits, -logits])
+        elif request.role != "u":
+            raise NonDiffError(
+                f"site '{request.site}': Enumeration knows noise of role 'u' and 'antithetic', "
+                f"not {request.role!r}."
+            )
+        return self._logistic(logits).reshape(request.shape)
+
+    def _normal(self, request: Request) -> Tensor:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(self.nodes)
+        probabilities = list(weights / weights.sum())
+        count = torch.Size(request.shape).numel()
+        chosen = [nodes[self.walk.choose(probabilities)] for _ in range(count)]
+        return torch.tensor(chosen, dtype=request.dtype).reshape(request.shape)
+
+    def _logistic(self, logits: Tensor) -> Tensor:
+        columns = (-logits).reshape(logits.shape[0], -1).T
+        chosen = [self._piece(sorted(set(column.tolist()))) for column in columns]
+        return torch.tensor(chosen, dtype=logits.dtype)
+
+    def _piece(self, cuts: list[float]) -> float:
+        """A number of one of the pieces between cuts, by its logistic probability."""
+        below = torch.tensor([*cuts, torch.inf], dtype=torch.float64).sigmoid()
+        probabilities = below.diff(prepend=below.new_zeros(1)).tolist()
+        inner = [(a + b) / 2 for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [cuts[0] - 1, *inner, cuts[-1] + 1][self.walk.choose(probabilities)]
+
+    def _gumbel(self, logits: Tensor) -> Tensor:
+        rows, size = logits.shape[0], logits.shape[-1]
+        below = logits.double().softmax(-1).cumsum(-1)
+        noise = torch.zeros_like(logits)
+        flat, cumulative = noise.reshape(rows, -1, size), below.reshape(rows, -1, size)
+        for element in range(flat.shape[1]):
+            cuts = torch.cat([cumulative[:, element, :-1].flatten(), below.new_ones(1)]).unique()
+            chosen = self.walk.choose(cuts.diff(prepend=cuts.new_zeros(1)).tolist())
+            start = cuts[chosen - 1] if chosen else cuts.new_zeros(())
+            value = (cumulative[:, element, :-1] <= start).sum(-1)
+            flat[torch.arange(rows), element, value] = _LARGE
+        return flat.reshape(logits.shape)
+
+
+_LARGE = 1e4  # beyond any difference of logits
+
+
+def _rows(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Logits with their rows first, and the noise's own dimensions behind."""
+    full = torch.broadcast_shapes(logits.shape, shape)
+    has_rows = len(full) == len(shape) and full[0] > shape[0]
+    return logits.expand(full) if has_rows else logits.expand(full).unsqueeze(0)
