@@ -1,9 +1,8 @@
 """What every other room asks of a law: its core, its score, and its logits."""
 
 from functools import singledispatch
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
@@ -11,8 +10,8 @@ from pyro.distributions.util import broadcast_shape, scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent, OneHotCategorical
 
-Law = dist.Distribution
-"""A distribution as Pyro's handlers see it."""
+Law: TypeAlias = Any
+"""A Pyro distribution. Pyro's own laws, and wrappers of them, have no type in common."""
 
 
 def core(law: Law) -> Law:
@@ -46,13 +45,13 @@ def dtype_and_device(law: Law) -> tuple[torch.dtype, torch.device]:
 
 @singledispatch
 def _core_score(law: Law, value: Tensor) -> Tensor:
-    return law.log_prob(value)
+    return cast(Tensor, law.log_prob(value))
 
 
 @_core_score.register(OneHotCategorical)
 def _(law: OneHotCategorical, value: Tensor) -> Tensor:
     if not value.requires_grad:
-        return law.log_prob(value)
+        return cast(Tensor, law.log_prob(value))
     # torch looks the value up, which gives it no gradient: score it by the extension
     # that is linear in the value and equal at the corners.
     if law._validate_args:

@@ -85,7 +85,7 @@ def _(law: TransformedDistribution, noise: Tensor) -> Tensor:
 def noise_kind(law: Law) -> str | None:
     """The kind of noise that a law is a map of, or None if it is none."""
     base = core(law)
-    if isinstance(base, TransformedDistribution) and base.shape() != law.shape():
+    if isinstance(base, TransformedDistribution) and _shape(base) != _shape(law):
         return None  # expanded outside its transforms: its noise has not the law's shape
     return _kind(base)
 
@@ -96,8 +96,12 @@ def noise_shape(law: Law) -> torch.Size:
     if isinstance(base, TransformedDistribution):
         return noise_shape(base.base_dist)
     if isinstance(base, Categorical):
-        return law.shape() + base._param.shape[-1:]
-    return law.shape()
+        return _shape(law) + base._param.shape[-1:]
+    return _shape(law)
+
+
+def _shape(law: Law) -> torch.Size:
+    return torch.Size(law.batch_shape + law.event_shape)
 
 
 def transport(law: Law, noise: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """The world check: a program that broadcasts wrongly is told so, never trained wrongly."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -47,15 +46,13 @@ def preserved() -> Iterator[Callable[[], None]]:
 
 def _random_states() -> tuple[Any, ...]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+    return get_rng_state(), cuda
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
+    set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
-    random.setstate(states[2])
-    np.random.set_state(states[3])
 
 
 def check_worlds(pair: Pair, chunk: Chunk) -> str | None:

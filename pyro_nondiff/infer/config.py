@@ -1,7 +1,7 @@
 """Who chooses the estimator of a site."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -123,7 +123,7 @@ def choose(
         estimator = Pathwise()
     else:
         estimator = Auto() if default is None else default
-    estimator = estimator.specialise(law)
+    estimator = cast(AbstractEstimator, estimator).specialise(law)
     if (reason := estimator.refuse(law)) is not None:
         raise NonDiffError(f"site '{site}': {reason}")
     return estimator

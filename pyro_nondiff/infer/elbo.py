@@ -1,12 +1,12 @@
 """The evidence lower bound, with an estimator a site."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributions import logits
 from ..errors import NonDiffError
@@ -29,7 +29,7 @@ class EstimatorELBOModule(ELBOModule):
     """
 
     def __init__(self, model: Program, guide: Program, elbo: "TraceEstimator_ELBO") -> None:
-        super().__init__(model, guide, elbo)
+        super().__init__(cast(nn.Module, model), cast(nn.Module, guide), elbo)
         self.estimators = elbo.states
 
 
@@ -123,7 +123,7 @@ class TraceEstimator_ELBO(ELBO):
         """The loss as a detached scalar tensor; gradients are added to the parameters."""
         step, surrogate = self._step(model, guide, args, kwargs)
         if surrogate.requires_grad:
-            surrogate.backward(retain_graph=self.retain_graph)  # type: ignore[no-untyped-call]
+            surrogate.backward(retain_graph=self.retain_graph)
         _commit(step)
         return step.loss.mean()
 

@@ -113,7 +113,8 @@ def _pathwise(chunk: Chunk) -> tuple[Tensor, Tensor]:
     pieces = [(chunk, _vectorised_weights(chunk))]
     if chunk.branches:
         pieces = list(_sequential_weights(chunk))
-    path, score = [], []
+    path: list[Tensor] = []
+    score: list[Tensor] = []
     for piece, weights in pieces:
         for term in piece.terms:
             value = -term.value if term.in_guide else term.value
@@ -253,7 +254,7 @@ def _cat_given(tensors: list[Tensor | None], dim: int) -> Tensor | None:
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     """Concatenates tensors whose other dimensions broadcast."""
-    shapes = [t.shape[:dim] + (1,) + t.shape[dim + 1 :] for t in tensors]
+    shapes = [(*t.shape[:dim], 1, *t.shape[dim + 1 :]) for t in tensors]
     shape = torch.broadcast_shapes(*shapes)
     wide = [t.expand(shape[:dim] + t.shape[dim : dim + 1] + shape[dim + 1 :]) for t in tensors]
     return torch.cat(wide, dim)

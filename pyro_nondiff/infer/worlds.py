@@ -222,7 +222,8 @@ class GuideWorlds(Recorder):
         plan = self.plan
         if plan.base == plan.num_rows == 1:
             return shape
-        batch, rest = law.batch_shape, shape[len(law.batch_shape) :]
+        batch = torch.Size(law.batch_shape)
+        rest = shape[len(batch) :]
         padded = torch.Size((1,) * (plan.nesting + 2 - len(batch))) + batch
         if padded[0] == 1:
             return shape if plan.base == 1 else torch.Size((plan.base,)) + padded[2:] + rest
@@ -240,7 +241,8 @@ class GuideWorlds(Recorder):
         shape = self._worldly(law.batch_shape, law, rows=True)
         if shape != law.batch_shape:
             law = law.expand(shape)
-        return law.rsample() if ask.pathwise else law.sample()
+        value: Tensor = law.rsample() if ask.pathwise else law.sample()
+        return value
 
     def _spread(self, law: Law, draw: Draw, rows: slice) -> Tensor:
         """The value of each row: the base value, and in the site's own rows its draws."""

@@ -5,6 +5,8 @@ number of pieces, each with a probability. Where a law differs between rows, the
 are those of all rows together, so that one piece settles the value of every row.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ class Enumeration:
         """A number of one of the pieces between cuts, by its logistic probability."""
         below = torch.tensor([*cuts, torch.inf], dtype=torch.float64).sigmoid()
         probabilities = below.diff(prepend=below.new_zeros(1)).tolist()
-        inner = [(a + b) / 2 for a, b in zip(cuts, cuts[1:], strict=False)]
+        inner = [(a + b) / 2 for a, b in pairwise(cuts)]
         return [cuts[0] - 1, *inner, cuts[-1] + 1][self.walk.choose(probabilities)]
 
     def _gumbel(self, logits: Tensor) -> Tensor:
