@@ -76,14 +76,13 @@ class _RunningMean(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("weight", torch.zeros(()))
 
-    def forward(self, default: float = 0.0) -> Tensor:
-        average = self.mean / self.weight.clamp(min=1e-12)
-        return torch.where(self.weight > 0, average, torch.full_like(average, default))
+    def forward(self) -> Tensor:
+        return self.mean / self.weight.clamp(min=1e-12)  # 0 before the first observation
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
         self.mean.lerp_(observation.to(self.mean), 1 - self.decay)
-        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
+        self.weight.mul_(self.decay).add_(1 - self.decay)
 
 
 def _check_decay(decay: float) -> None:
@@ -207,7 +206,8 @@ class NeuralBaseline(AbstractBaseline):
         centre = mean() if self.centre else torch.zeros_like(mean.mean)
         scale = torch.ones_like(centre)
         if self.normalise:
-            scale = (square(default=1.0) - mean() ** 2).clamp(min=1e-6).sqrt()
+            variance = (square() - mean() ** 2).clamp(min=1e-6)
+            scale = torch.where(square.weight > 0, variance, torch.ones_like(variance)).sqrt()
         guess = self._guess(context)
 
         def fit(f: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from operator import add
 
 from torch import Tensor
 
-from .worlds import Site
+from .worlds import Frame, Site
 
-Frames = frozenset[object]
+Frames = frozenset[Frame]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +85,17 @@ def site_costs(guide: Sequence[Site], terms: Iterable[Term]) -> dict[str, Cost]:
     for term in terms:
         arriving.setdefault(term.reach, []).append(term)
     pool: dict[Frames, Tensor] = {}
-    joined_by: dict[object, str] = {}
+    joined_by: dict[Frame, str] = {}
     costs = {}
     for place in range(len(guide) - 1, -1, -1):
         site = guide[place]
         for term in arriving.get(place, ()):
             value = term.value.detach()
-            _add(pool, frozenset(term.site.frames), value if term.in_guide else -value)
+            _add(pool, term.site.frames, value if term.in_guide else -value)
         if not site.latent:
             continue
-        frames = frozenset(site.frames)
-        for lost in {frame for group in pool for frame in group} - frames:
+        frames = site.frames
+        for lost in frozenset().union(*pool) - frames:
             joined_by[lost] = site.name
         pool = _keep(pool, frames)
         if site.estimator is not None and not site.ask.pathwise:
@@ -107,7 +107,7 @@ def _keep(pool: dict[Frames, Tensor], frames: Frames) -> dict[Frames, Tensor]:
     """Sums the pool over every frame but the given ones."""
     kept: dict[Frames, Tensor] = {}
     for group, value in pool.items():
-        dims = sorted(frame.dim for frame in group - frames)  # type: ignore[attr-defined]
+        dims = sorted(frame.dim for frame in group - frames)
         _add(kept, group & frames, value.sum(dims, keepdim=True) if dims else value)
     return kept
 
@@ -117,8 +117,8 @@ def _add(pool: dict[Frames, Tensor], group: Frames, value: Tensor) -> None:
 
 
 def _shared(
-    pool: dict[Frames, Tensor], frames: Frames, joined_by: dict[object, str]
+    pool: dict[Frames, Tensor], frames: Frames, joined_by: dict[Frame, str]
 ) -> dict[str, str | None]:
     common = frozenset.intersection(frames, *pool)
-    missing = [frame for frame in frames - common if frame.size > 1]  # type: ignore[attr-defined]
-    return {frame.name: joined_by.get(frame) for frame in missing}  # type: ignore[attr-defined]
+    missing = [frame for frame in frames - common if frame.size > 1]
+    return {frame.name: joined_by.get(frame) for frame in missing}

@@ -91,7 +91,7 @@ class TraceEstimator_ELBO(ELBO):
             check_type("every site", estimator)
         if num_particles < 1:
             raise NonDiffError(f"num_particles must be at least 1, found {num_particles}")
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,

@@ -121,8 +121,9 @@ def _pathwise(chunk: Chunk) -> tuple[Tensor, Tensor]:
             scored = term.in_guide and term.site.latent and not term.site.ask.pathwise
             total = _weighted(value.detach() if scored else value, weights)
             (score if scored else path).append(total)
-    zeros = chunk.terms[0].value.new_zeros(chunk.plan.base)
-    surrogate = reduce(add, path, zeros)
+    if not path:
+        path = [torch.zeros_like(score[0])]
+    surrogate = reduce(add, path).expand(chunk.plan.base)
     return reduce(add, score, surrogate.detach()), surrogate
 
 

@@ -4,7 +4,6 @@ import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import NonDiffError, NonDiffWarning
@@ -134,11 +133,14 @@ def _signature(pair: Pair) -> Any:
     """What a plan depends on: programs, shapes, and whether modules are in training."""
     programs = (pair.model, pair.guide)
     modes = tuple(fn.training for fn in programs if isinstance(fn, nn.Module))
-    leaves, structure = torch.utils._pytree.tree_flatten((pair.args, pair.kwargs))
-    return tuple(hash(fn) for fn in programs), modes, str(structure), tuple(map(_shape, leaves))
+    return tuple(hash(fn) for fn in programs), modes, _key(pair.args), _key(pair.kwargs)
 
 
-def _shape(leaf: object) -> object:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
-    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
+def _key(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    if isinstance(argument, dict):
+        return tuple((name, _key(value)) for name, value in argument.items())
+    if isinstance(argument, tuple | list):
+        return type(argument), *map(_key, argument)
+    return argument if isinstance(argument, int | float | str | None) else type(argument)

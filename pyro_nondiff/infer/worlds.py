@@ -8,7 +8,7 @@ world runs with the shapes that it has under Pyro.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -73,6 +73,14 @@ class Branch:
     row: int
 
 
+class Frame(NamedTuple):
+    """A vectorised plate: Pyro's frame without what the engine does not need."""
+
+    name: str
+    dim: int
+    size: int
+
+
 @dataclass(slots=True)
 class Site:
     """What a run recorded at one sample site."""
@@ -82,7 +90,7 @@ class Site:
     value: Tensor
     scale: Any
     mask: Any
-    frames: tuple[Any, ...]
+    frames: frozenset[Frame]
     infer: Mapping[str, Any]
     observed: bool
     estimator: AbstractEstimator | None = None
@@ -141,7 +149,11 @@ class Recorder(Messenger):
             msg["value"],
             msg["scale"],
             msg["mask"],
-            tuple(frame for frame in msg["cond_indep_stack"] if frame.vectorized),
+            frozenset(
+                Frame(frame.name, frame.dim, frame.size)
+                for frame in msg["cond_indep_stack"]
+                if frame.dim is not None
+            ),
             msg["infer"],
             bool(msg["is_observed"]),
         )
