@@ -33,7 +33,7 @@ def main() -> None:
     names = [module.name for module in pkgutil.walk_packages(package.__path__, "pyro_nondiff.")]
     for name in names:
         importlib.import_module(name)
-    print(f"pyro-nondiff {wheel.version}: {len(files)} files, {len(names)} modules imported")
+    print(f"pyro-nondiff {wheel.version}: the wheel is whole, {len(names)} modules imported")
 
 
 if __name__ == "__main__":
