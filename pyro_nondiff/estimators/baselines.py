@@ -79,9 +79,13 @@ class _RunningMean(nn.Module):
     def forward(self) -> Tensor:
         return self.mean / self.weight.clamp(min=1e-12)  # 0 before the first observation
 
-    @torch.no_grad()
+    def fit_to(self, like: Tensor) -> "_RunningMean":
+        if self.mean.dtype != like.dtype or self.mean.device != like.device:
+            self.to(like)
+        return self
+
     def update(self, observation: Tensor) -> None:
-        self.mean.lerp_(observation.to(self.mean), 1 - self.decay)
+        self.mean.lerp_(observation, 1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
 
 
@@ -124,8 +128,7 @@ class MovingAverage(AbstractBaseline):
         return _RunningMean(self.decay)
 
     def read(self, state: nn.Module, costs: Tensor, context: Context) -> Reading:
-        average = cast(_RunningMean, state)
-        average.to(costs)
+        average = cast(_RunningMean, state).fit_to(costs)
         if self.per_element:
             self._match(average, costs, context)
         return Reading(average(), _no_loss, lambda f: average.update(self._observe(f)))
@@ -201,8 +204,8 @@ class NeuralBaseline(AbstractBaseline):
 
     def read(self, state: nn.Module, costs: Tensor, context: Context) -> Reading:
         parts = cast(nn.ModuleDict, state)
-        mean = cast(_RunningMean, parts["mean"]).to(costs)
-        square = cast(_RunningMean, parts["square"]).to(costs)
+        mean = cast(_RunningMean, parts["mean"]).fit_to(costs)
+        square = cast(_RunningMean, parts["square"]).fit_to(costs)
         centre = mean() if self.centre else torch.zeros_like(mean.mean)
         scale = torch.ones_like(centre)
         if self.normalise:
