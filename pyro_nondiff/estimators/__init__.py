@@ -20,6 +20,7 @@ from .base import Estimate as Estimate
 from .baselines import AbstractBaseline as AbstractBaseline
 from .baselines import MovingAverage as MovingAverage
 from .baselines import NeuralBaseline as NeuralBaseline
+from .baselines import Reading as Reading
 from .coupled import DisARM as DisARM
 from .exact import Enumerate as Enumerate
 from .pathwise import Auto as Auto
@@ -42,4 +43,5 @@ __all__ = [
     "MovingAverage",
     "NeuralBaseline",
     "Pathwise",
+    "Reading",
 ]

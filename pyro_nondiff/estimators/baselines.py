@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import NonDiffError
 from .base import Context
 
-__all__ = ["AbstractBaseline", "MovingAverage", "NeuralBaseline"]
+__all__ = ["AbstractBaseline", "MovingAverage", "NeuralBaseline", "Reading"]
 
 
 @dataclass(frozen=True)

@@ -70,5 +70,5 @@ class Auto(AbstractEstimator):
     def estimate(
         self, draw: Draw, costs: Tensor, state: nn.Module | None, context: Context
     ) -> Estimate:
-        """Never called: the engine uses what :meth:`specialise` returns."""
+        """Never called: the engine uses what ``specialise`` returns."""
         raise TypeError("specialise Auto to a law first")

@@ -91,5 +91,5 @@ _LARGE = 1e4  # beyond any difference of logits
 def _rows(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Logits with their rows first, and the noise's own dimensions behind."""
     full = torch.broadcast_shapes(logits.shape, shape)
-    has_rows = len(full) == len(shape) and full[0] > shape[0]
+    has_rows = len(full) == len(shape) > 0 and full[0] > shape[0]
     return logits.expand(full) if has_rows else logits.expand(full).unsqueeze(0)
