@@ -1,0 +1,382 @@
+"""What one step of training costs, against Pyro's own objectives and hand-written code.
+
+All candidates run interleaved in one process: a round times each of them once, in random order, and
+a ratio is taken inside a round, so that a busy machine slows both sides of it. See ``README.md``
+beside this file.
+
+    python benchmarks/svi_step.py --rounds 15
+    python benchmarks/svi_step.py --device cuda --only vae
+    python benchmarks/svi_step.py --no-optimiser              # the objective alone
+"""
+
+import argparse
+import gzip
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.optim import Adam, PyroOptim
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from pyro_nondiff.estimators import REINFORCE, RLOO, DisARM, MovingAverage
+from pyro_nondiff.infer import TraceEstimator_ELBO
+
+Step = Callable[[], object]
+Times = dict[str, list[float]]
+
+DECAY = 0.9
+LEARNING_RATE = 1e-3
+PYRO_AVERAGE = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": DECAY}}
+
+HAND = "hand-written PyTorch, REINFORCE + average"
+TRACE = "Pyro Trace_ELBO"
+GRAPH = "Pyro TraceGraph_ELBO + average"
+TRACE_2 = "Pyro Trace_ELBO, 2 vectorised particles"
+OURS = "REINFORCE + MovingAverage"
+RLOO_2 = "RLOO(2)"
+DISARM = "DisARM"
+
+
+class NoOptimiser(PyroOptim):
+    """Leaves parameters alone, so that what is left of a step is its objective."""
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def optimiser(used: bool) -> PyroOptim:
+    """Pyro's Adam, or none."""
+    options = {"lr": LEARNING_RATE}
+    return Adam(options) if used else NoOptimiser(torch.optim.Adam, options)
+
+
+# --- the variational autoencoder ----------------------------------------------------------
+
+
+@dataclass
+class VAE:
+    """784 pixels, 200 bits, 784 pixels, as a Pyro program and by hand.
+
+    Arguments:
+        name: Of the networks in the param store.
+        infer: What the guide's site passes to Pyro.
+        device: Where it runs.
+    """
+
+    name: str
+    infer: dict[str, Any]
+    device: str
+
+    def __post_init__(self) -> None:
+        self.encoder = nn.Linear(784, 200, device=self.device)
+        self.decoder = nn.Linear(200, 784, device=self.device)
+        self.prior = torch.zeros(200, device=self.device)
+
+    def model(self, x: Tensor) -> None:
+        """Draw bits, then pixels."""
+        pyro.module(f"{self.name}.decoder", self.decoder)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Draw bits from pixels."""
+        pyro.module(f"{self.name}.encoder", self.encoder)
+        with pyro.plate("data", len(x), dim=-1):
+            law = dist.Bernoulli(logits=self.encoder(x)).to_event(1)
+            pyro.sample("z", law, infer=self.infer)
+
+    def by_hand(self, x: Tensor, optimise: bool) -> Step:
+        """The same step with no library but PyTorch."""
+        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+        adam = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+        average = torch.zeros((), device=self.device)
+
+        def step() -> float:
+            logits = self.encoder(x)
+            z = torch.bernoulli(logits.detach().sigmoid())
+            log_q = _bernoulli(logits, z)
+            log_p = _bernoulli(self.decoder(z), x) + _bernoulli(self.prior.expand_as(z), z)
+            cost = (log_q - log_p).detach()
+            surrogate = ((cost - average) * log_q - log_p).sum()
+            adam.zero_grad()
+            surrogate.backward()
+            if optimise:
+                adam.step()
+            average.lerp_(cost.mean(), 1 - DECAY)
+            return cost.sum().item()
+
+        return step
+
+
+def _bernoulli(logits: Tensor, value: Tensor) -> Tensor:
+    return -binary_cross_entropy_with_logits(logits, value, reduction="none").sum(-1)
+
+
+def vae_steps(x: Tensor, optimise: bool = True) -> dict[str, Step]:
+    """One step of each candidate on a batch."""
+    objectives = {
+        TRACE: Trace_ELBO(),
+        GRAPH: TraceGraph_ELBO(),
+        TRACE_2: Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+        OURS: TraceEstimator_ELBO(REINFORCE(baseline=MovingAverage(decay=DECAY))),
+        RLOO_2: TraceEstimator_ELBO(RLOO(num_samples=2)),
+        DISARM: TraceEstimator_ELBO(DisARM()),
+    }
+    device = str(x.device)
+    steps: dict[str, Step] = {HAND: VAE(HAND, {}, device).by_hand(x, optimise)}
+    for name, elbo in objectives.items():
+        vae = VAE(name, PYRO_AVERAGE if name == GRAPH else {}, device)
+        svi = SVI(vae.model, vae.guide, optimiser(optimise), loss=elbo)
+        steps[name] = lambda svi=svi: svi.step(x)
+    return steps
+
+
+def vae_batch(size: int, device: str) -> tuple[Tensor, str]:
+    """A batch of binarised MNIST where it is to be had, of random pixels elsewhere."""
+    folder = os.environ.get("PYRO_NONDIFF_DATA")
+    path = Path(folder or "", "mnist", "t10k-images-idx3-ubyte.gz")
+    if folder and path.exists():
+        with gzip.open(path) as file:
+            pixels = np.frombuffer(file.read(16 + 784 * size), np.uint8, offset=16)
+        x = torch.tensor(pixels.reshape(size, 784) > 127, dtype=torch.float32)
+        return x.to(device), "MNIST"
+    return torch.bernoulli(torch.full((size, 784), 0.2, device=device)), "random pixels"
+
+
+# --- chains of dependent sites ------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """Bits, each drawn from a linear function of the one before, and one observation.
+
+    Arguments:
+        name: Of the parameters in the param store.
+        length: The number of bits.
+        infer: What the guide's sites pass to Pyro.
+        device: Where it runs.
+    """
+
+    name: str
+    length: int
+    infer: dict[str, Any]
+    device: str
+
+    def __post_init__(self) -> None:
+        self.start = torch.zeros((), device=self.device)
+        self.seen = torch.ones((), device=self.device)
+        self.weights = torch.zeros(2, self.length, device=self.device)
+
+    def model(self) -> None:
+        """Each bit prefers to be as the one before."""
+        z = self.start
+        for t in range(self.length):
+            z = pyro.sample(f"z{t}", dist.Bernoulli(logits=2 * z - 1))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=self.seen)
+
+    def guide(self) -> None:
+        """A slope and an offset for each bit, in two parameters for all."""
+        weights = pyro.param(f"{self.name}.{self.length}", self.weights)
+        z = self.start
+        for t, (slope, offset) in enumerate(zip(*(row.unbind() for row in weights), strict=True)):
+            law = dist.Bernoulli(logits=slope * z + offset)
+            z = pyro.sample(f"z{t}", law, infer=self.infer)
+
+
+def chain_steps(length: int, device: str, optimise: bool = True) -> dict[str, Step]:
+    """One step of each candidate on a chain."""
+    objectives = {
+        TRACE: Trace_ELBO(max_plate_nesting=0),
+        OURS: TraceEstimator_ELBO(REINFORCE(baseline=MovingAverage(decay=DECAY))),
+        RLOO_2: TraceEstimator_ELBO(RLOO(num_samples=2)),
+    }
+    if length <= 20:  # its time grows faster than the chain
+        objectives[GRAPH] = TraceGraph_ELBO()
+    steps: dict[str, Step] = {}
+    for name, elbo in objectives.items():
+        chain = Chain(name, length, PYRO_AVERAGE if name == GRAPH else {}, device)
+        steps[name] = SVI(chain.model, chain.guide, optimiser(optimise), loss=elbo).step
+    return steps
+
+
+# --- measuring ----------------------------------------------------------------------------
+
+
+def measure(steps: dict[str, Step], rounds: int, seconds: float, device: str) -> Times:
+    """Milliseconds a step: for each candidate, one number a round.
+
+    Arguments:
+        steps: The candidates.
+        rounds: How often each is timed.
+        seconds: About how long it runs each time.
+        device: On the CPU the process's own time is read; elsewhere the wall's.
+    """
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    repeats = {}
+    for name, step in steps.items():
+        for _ in range(3):  # the first steps plan, check and allocate
+            step()
+        sync()
+        begin = clock()
+        for _ in range(3):
+            step()
+        sync()
+        repeats[name] = max(1, round(3 * seconds / max(clock() - begin, 1e-6)))
+    times: Times = {name: [] for name in steps}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(steps), len(steps)):
+            step = steps[name]
+            sync()
+            begin = clock()
+            for _ in range(repeats[name]):
+                step()
+            sync()
+            times[name].append(1e3 * (clock() - begin) / repeats[name])
+    return times
+
+
+def ratios(times: Times, name: str, to: str) -> list[float]:
+    """The ratio of two candidates in each round."""
+    return [a / b for a, b in zip(times[name], times[to], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median, and least and greatest in brackets."""
+    middle = statistics.median(values)
+    return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def ratio_table(times: Times, to: list[str]) -> Iterator[str]:
+    """A row a candidate: milliseconds, and ratios to some of them."""
+    yield f"| candidate | ms a step | {' | '.join(f'/ {name}' for name in to)} |"
+    yield "|---|---|" + "---|" * len(to)
+    for name in times:
+        cells = [spread(ratios(times, name, other)) for other in to]
+        yield f"| {name} | {spread(times[name])} | {' | '.join(cells)} |"
+
+
+def chain_table(all_times: dict[int, Times]) -> Iterator[str]:
+    """A row a length: milliseconds of each candidate, and ratios to ``Trace_ELBO``."""
+    names = [OURS, RLOO_2, GRAPH]
+    yield f"| sites | {TRACE}, ms | {' | '.join(f'{n}, ms | / {TRACE}' for n in names)} |"
+    yield "|---|---|" + "---|---|" * len(names)
+    for length, times in all_times.items():
+        cells = [f"{length}", spread(times[TRACE])]
+        for name in names:
+            found = name in times
+            cells.append(spread(times[name]) if found else "")
+            cells.append(spread(ratios(times, name, TRACE)) if found else "")
+        yield f"| {' | '.join(cells)} |"
+
+
+def growth(all_times: dict[int, Times], name: str) -> float:
+    """Milliseconds a site between the longest two chains, over those between the shortest two.
+
+    1 is linear growth. Both are differences, so that what a step costs without sites drops out.
+    """
+    lengths = sorted(all_times)
+    medians = {n: statistics.median(all_times[n][name]) for n in lengths}
+
+    def slope(a: int, b: int) -> float:
+        return (medians[b] - medians[a]) / (b - a)
+
+    return slope(lengths[-2], lengths[-1]) / slope(lengths[0], lengths[-2])
+
+
+def targets(vae: Times, chains: dict[int, Times]) -> Iterator[str]:
+    """What was asked for, and what was found."""
+    asked = []
+    if vae:
+        asked += [
+            (f"{OURS} / {TRACE}", statistics.median(ratios(vae, OURS, TRACE)), 1.15),
+            (f"{OURS} / {GRAPH}", statistics.median(ratios(vae, OURS, GRAPH)), 0.5),
+            (f"{RLOO_2} / {TRACE_2}", statistics.median(ratios(vae, RLOO_2, TRACE_2)), 1.2),
+            (f"{DISARM} / {TRACE_2}", statistics.median(ratios(vae, DISARM, TRACE_2)), 1.2),
+        ]
+    if len(chains) > 2:
+        asked += [
+            (f"{name}: time a site, long chains / short", growth(chains, name), 1.3)
+            for name in (OURS, RLOO_2)
+        ]
+    yield "| target | found | at most | met |"
+    yield "|---|---|---|---|"
+    for what, found, limit in asked:
+        yield f"| {what} | {found:.3f} | {limit:.2f} | {'yes' if found <= limit else 'no'} |"
+
+
+@contextmanager
+def quiet_machine() -> Iterator[None]:
+    """One thread, and Pyro's validation off."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pyro.validation_enabled(False):
+        yield
+    torch.set_num_threads(threads)
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for on the command line."""
+    parser = argparse.ArgumentParser(description="Time a step of training.")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 5, 10, 20, 50])
+    parser.add_argument(
+        "--no-optimiser", action="store_true", help="time the objective and its gradient alone"
+    )
+    parser.add_argument("--only", choices=["vae", "chains"])
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, found {args.rounds}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    return args
+
+
+def main() -> None:
+    """Measure, and print tables in Markdown."""
+    args = arguments()
+    pyro.set_rng_seed(0)
+    optimise = not args.no_optimiser
+    vae: Times = {}
+    chains: dict[int, Times] = {}
+    print(f"torch {torch.__version__}, pyro {pyro.__version__}, {args.device}, one thread,")
+    print(f"validation off, {args.rounds} rounds; median (least to greatest).")
+    what = "the objective, its gradient, and Adam" if optimise else "the objective and its gradient"
+    print(f"A step is {what}.")
+    sys.stdout.flush()
+    with quiet_machine():
+        if args.only != "chains":
+            x, source = vae_batch(args.batch, args.device)
+            vae = measure(vae_steps(x, optimise), args.rounds, args.seconds, args.device)
+            print(f"\n## VAE 784-200-784, batch {args.batch}, {source}\n")
+            print("\n".join(ratio_table(vae, [HAND, TRACE, GRAPH, TRACE_2])), flush=True)
+        if args.only != "vae":
+            for length in args.lengths:
+                steps = chain_steps(length, args.device, optimise)
+                chains[length] = measure(steps, args.rounds, args.seconds, args.device)
+            print("\n## Chains of dependent Bernoulli sites\n")
+            print("\n".join(chain_table(chains)))
+    print("\n## Targets\n")
+    print("\n".join(targets(vae, chains)))
+
+
+if __name__ == "__main__":
+    main()
