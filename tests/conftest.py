@@ -41,8 +41,7 @@ class _TorchGenerator:
             torch.cuda.set_rng_state_all(state[1])
 
 
-_TORCH_GENERATOR = _TorchGenerator()
-hypothesis.register_random(_TORCH_GENERATOR)
+_TORCH_GENERATOR = pytest.StashKey[_TorchGenerator]()
 hypothesis.settings.register_profile("derandomized", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("derandomized")
 
@@ -64,6 +63,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set torch's defaults before the test modules are imported: they may hold tensors."""
+    # Hypothesis manages it as long as it lives: until the end of this run, which may be one
+    # that a test has started inside another.
+    config.stash[_TORCH_GENERATOR] = _TorchGenerator()
+    hypothesis.register_random(config.stash[_TORCH_GENERATOR])
     config.stash[_DTYPE_BEFORE] = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.getoption("--dtype")))
     if config.getoption("--device") != "cpu":
@@ -72,6 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Put torch's defaults back."""
+    del config.stash[_TORCH_GENERATOR]
     torch.set_default_dtype(config.stash[_DTYPE_BEFORE])
     if config.getoption("--device") != "cpu":
         torch.set_default_device(None)
