@@ -59,9 +59,11 @@ class Draw:
             ``(K, plates, event)``.
         hard_weights: Weights of the hard worlds, ``(m, K, plates)``, that sum to
             ``Ask.hard_mass`` over the first dimension. Without, they are equal.
-        soft: Relaxed values, ``(any number, K, plates, event)``, with a gradient to
-            ``leaf``; those of the soft worlds first.
+        soft: The relaxed value and its twin, ``(2, K, plates, event)``, with a gradient to
+            ``leaf``.
+        placed: The same values as the soft worlds have them, for the gradient of a cost.
         leaf: The logits that ``soft`` was made of, cut off from the program.
+        score: The gradient of the base value's log-probability for the logits.
         temperature: Of what is relaxed behind the site in its soft worlds.
     """
 
@@ -69,7 +71,9 @@ class Draw:
     logits: Tensor | None = None
     hard_weights: Tensor | None = None
     soft: Tensor | None = None
+    placed: Tensor | None = None
     leaf: Tensor | None = None
+    score: Tensor | None = None
     temperature: Tensor | None = None
 
 
