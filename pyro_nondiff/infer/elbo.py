@@ -15,6 +15,7 @@ from ..estimators.baselines import AbstractBaseline
 from .config import check_type
 from .execute import Pair, Program
 from .objective import Step, evaluate, take_step
+from .plan import Plan
 from .planner import Planner, Worlds
 from .states import EstimatorStates, own_gradients
 
@@ -131,6 +132,16 @@ class TraceEstimator_ELBO(ELBO):
             surrogate.backward(retain_graph=self.retain_graph)
         _commit(step)
         return step.loss.mean()
+
+    def unreduced(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Step:
+        """The loss and the surrogate of each base world; nothing learnt changes."""
+        pair = self._pair(model, guide, args, kwargs)
+        return take_step(pair, self._planner.run(pair, estimating=True))
+
+    def plan_of(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
+        """The worlds that a step runs in."""
+        pair = self._pair(model, guide, args, kwargs)
+        return self._planner.run(pair, estimating=True)[0].plan
 
     def site_gradients(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
