@@ -261,10 +261,13 @@ def _base_draw(site: Site, nesting: int) -> Draw:
         raise TypeError("a latent site has a draw")
     draw, rank = site.draw, nesting + 2
     full = rank + site.law.event_dim
+    values = lift_behind(draw.values, full)[:, 0]
+    if draw.logits is None and draw.hard_weights is None:
+        return Draw(values)
     hard = draw.hard_weights
     return replace(
         draw,
-        values=lift_behind(draw.values, full)[:, 0],
+        values=values,
         logits=None if draw.logits is None else lift(draw.logits, full)[0],
         score=None if draw.score is None else lift(draw.score, full)[0],
         hard_weights=None if hard is None else lift_behind(hard, rank)[:, 0],
@@ -294,6 +297,8 @@ def _cat_given(tensors: list[Tensor | None], dim: int) -> Tensor | None:
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     """Concatenates tensors whose other dimensions broadcast."""
+    if len(tensors) == 1:
+        return tensors[0]
     shapes = [(*t.shape[:dim], 1, *t.shape[dim + 1 :]) for t in tensors]
     shape = torch.broadcast_shapes(*shapes)
     wide = [t.expand(shape[:dim] + t.shape[dim : dim + 1] + shape[dim + 1 :]) for t in tensors]

@@ -21,6 +21,7 @@ class EstimatorStates(nn.Module):
         super().__init__()
         self._recipes: dict[str, AbstractEstimator] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._trained: list[str] = []
 
     def of(self, name: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
         """The state of a site, made now if this is its first step."""
@@ -38,6 +39,8 @@ class EstimatorStates(nn.Module):
 
     def _made(self, key: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
         state = estimator.make_state(law)
+        if state is not None and any(True for _ in state.parameters()):
+            self._trained.append(key)
         if state is not None and (waiting := self._waiting.pop(key, None)) is not None:
             state.load_state_dict(waiting)
         return state
@@ -47,9 +50,8 @@ class EstimatorStates(nn.Module):
 
         They are named ``estimator.<site>$$$<parameter>``.
         """
-        for key, state in self.named_children():
-            if any(True for _ in state.parameters()):
-                pyro.module(f"estimator.{key}", state, update_module_params=True)
+        for key in self._trained:
+            pyro.module(f"estimator.{key}", self._modules[key], update_module_params=True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -63,8 +65,8 @@ class EstimatorStates(nn.Module):
 
 def own_gradients(losses: list[Tensor], states: EstimatorStates) -> Tensor | None:
     """A surrogate of the estimators' own losses that reaches their states alone."""
-    parameters = [p for p in states.parameters() if p.requires_grad]
-    if not losses or not parameters:
+    parameters = [p for p in states.parameters() if p.requires_grad] if losses else []
+    if not parameters:
         return None
     gradients = torch.autograd.grad(
         torch.stack(losses).sum(), parameters, retain_graph=True, allow_unused=True
