@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..distributions import noise_kind, relaxable
 from ..errors import NonDiffError
 from .check import Given, slice_value
 from .execute import Chunk, Pair, run_recorded, terms_of
@@ -21,10 +22,11 @@ from .plan import Plan
 from .record import Site
 
 _STEPS = frozenset(
-    "round floor ceil trunc fix sign sgn heaviside floor_divide bool item tolist numpy detach "
-    "__bool__ __int__ __float__ __index__ __floordiv__ __array__ float_power_ long int".split()
+    ["round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "floor_divide"]
+    + ["bool", "int", "long", "item", "tolist", "numpy", "detach", "__array__"]
+    + ["__bool__", "__int__", "__float__", "__index__", "__floordiv__"]
 )
-_HARMLESS = frozenset("isnan isinf isfinite is_nonzero requires_grad_ dim size".split())
+_HARMLESS = frozenset(["isnan", "isinf", "isfinite", "requires_grad_", "dim", "size"])
 
 
 def check_continuity(pair: Pair, chunk: Chunk) -> None:
@@ -34,6 +36,8 @@ def check_continuity(pair: Pair, chunk: Chunk) -> None:
         NonDiffError: At the first operation that breaks the path from a soft value, with the
             site, the operation and the line.
     """
+    if any(term.value.is_meta for term in chunk.terms):
+        return
     for branch in chunk.plan.branches:
         if branch.soft:
             row = chunk.plan.rows_of(branch.site)[1].start
@@ -47,7 +51,7 @@ def watch_world(pair: Pair, chunk: Chunk, row: int) -> None:
     for site in chunk.sites:
         if site.latent:
             values[site.name] = slice_value(site, chunk.plan, row, 0)
-            if _is_soft(site, values[site.name]):
+            if _is_soft(site, values[site.name], chunk.plan):
                 watch.mark(values[site.name].requires_grad_(), site.name)
     subsamples = dict(chunk.run.subsamples)
     plan = Plan(nesting=chunk.plan.nesting)
@@ -57,9 +61,12 @@ def watch_world(pair: Pair, chunk: Chunk, row: int) -> None:
         terms_of(run, plan, soft=True)
 
 
-def _is_soft(site: Site, value: Tensor) -> bool:
-    """Whether a value of a discrete law lies between its corners."""
-    return not site.ask.pathwise and value.is_floating_point() and not site.breaks
+def _is_soft(site: Site, value: Tensor, plan: Plan) -> bool:
+    """Whether a value depends on a soft one: it is relaxed, or continuous and not shared."""
+    if relaxable(site.law):
+        return bool(((value != 0) & (value != 1)).any())
+    rows = site.value.dim() == plan.nesting + 2 + site.law.event_dim and len(site.value) > 1
+    return rows and noise_kind(site.law) == "normal"
 
 
 class _Watch(TorchFunctionMode):

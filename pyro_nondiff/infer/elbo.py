@@ -195,9 +195,9 @@ class TraceEstimator_ELBO(ELBO):
             )
         for owner, other in step.left_out:
             self._planner.warn(
-                f"site '{other}' cannot be relaxed, so the terms that can depend on it are left out "
-                f"of the control variate of site '{owner}': unbiased, but less correlated. Draw a "
-                "OneHotCategorical in place of an indexed Categorical."
+                f"site '{other}' cannot be relaxed, so the terms that can depend on it are left "
+                f"out of the control variate of site '{owner}': unbiased, but less correlated. "
+                "Draw a OneHotCategorical in place of an indexed Categorical."
             )
         return step, surrogate
 
