@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class VAE(nn.Module):
 
 def _layers(sizes: list[int]) -> nn.Module:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.LeakyReLU(0.3)]
     return nn.Sequential(*layers[:-1])
 
@@ -79,7 +80,8 @@ def load() -> Tensor:
     folder = os.environ.get("PYRO_NONDIFF_DATA")
     if folder:
         path = Path(folder) / "mnist" / "train-images-idx3-ubyte.gz"
-        raw = np.frombuffer(gzip.open(path).read(), np.uint8, offset=16)
+        with gzip.open(path) as file:
+            raw = np.frombuffer(file.read(), np.uint8, offset=16)
         images = torch.from_numpy(raw.copy()).reshape(-1, 784)[:10000].float() / 255
     else:
         from sklearn.datasets import load_digits

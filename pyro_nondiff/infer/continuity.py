@@ -21,11 +21,10 @@ from .execute import Chunk, Pair, run_recorded, terms_of
 from .plan import Plan
 from .record import Site
 
-_STEPS = frozenset(
-    ["round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "floor_divide"]
-    + ["bool", "int", "long", "item", "tolist", "numpy", "detach", "__array__"]
-    + ["__bool__", "__int__", "__float__", "__index__", "__floordiv__"]
-)
+_ROUND = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "floor_divide"}
+_CONVERT = {"bool", "int", "long", "item", "tolist", "numpy", "detach", "__array__"}
+_IMPLICIT = {"__bool__", "__int__", "__float__", "__index__", "__floordiv__"}
+_STEPS = frozenset(_ROUND | _CONVERT | _IMPLICIT)
 _HARMLESS = frozenset(["isnan", "isinf", "isfinite", "requires_grad_", "dim", "size"])
 
 

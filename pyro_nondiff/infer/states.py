@@ -21,7 +21,7 @@ class EstimatorStates(nn.Module):
         super().__init__()
         self._recipes: dict[str, AbstractEstimator] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
-        self._trained: list[str] = []
+        self._trained: dict[str, nn.Module] = {}
 
     def of(self, name: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
         """The state of a site, made now if this is its first step."""
@@ -40,7 +40,7 @@ class EstimatorStates(nn.Module):
     def _made(self, key: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
         state = estimator.make_state(law)
         if state is not None and any(True for _ in state.parameters()):
-            self._trained.append(key)
+            self._trained[key] = state
         if state is not None and (waiting := self._waiting.pop(key, None)) is not None:
             state.load_state_dict(waiting)
         return state
@@ -50,8 +50,8 @@ class EstimatorStates(nn.Module):
 
         They are named ``estimator.<site>$$$<parameter>``.
         """
-        for key in self._trained:
-            pyro.module(f"estimator.{key}", self._modules[key], update_module_params=True)
+        for key, state in self._trained.items():
+            pyro.module(f"estimator.{key}", state, update_module_params=True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
