@@ -8,7 +8,8 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, OneHotCategorical
+from torch.distributions import Bernoulli, Independent, OneHotCategorical
+from torch.nn.functional import softplus
 
 Law: TypeAlias = Any
 """A Pyro distribution. Pyro's own laws, and wrappers of them, have no type in common."""
@@ -56,28 +57,39 @@ def _(law: OneHotCategorical, value: Tensor) -> Tensor:
     # that is linear in the value and equal at the corners.
     if law._validate_args:
         law._validate_sample(value)
-    # a category that is masked out has log-probability -inf, and 0 * -inf is NaN
-    return (value * law.logits.masked_fill(law.logits == -torch.inf, 0)).sum(-1)
+    return _soft_score(law, value)
 
 
-def log_prob(law: Law, value: Tensor) -> tuple[Tensor, Tensor]:
+def _soft_score(law: Law, value: Tensor) -> Tensor:
+    """The extension of a discrete law's score that is linear in each factor of the value."""
+    if isinstance(law, Bernoulli):
+        return value * law.logits - softplus(law.logits)
+    if isinstance(law, OneHotCategorical):
+        # a category that is masked out has log-probability -inf, and 0 * -inf is NaN
+        return (value * law.logits.masked_fill(law.logits == -torch.inf, 0)).sum(-1)
+    return _core_score(law, value)
+
+
+def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tensor]:
     """The log-probability of a value, without and with the law's own masks.
+
+    A ``soft`` value is not validated, and scored by the multilinear extension.
 
     An estimator differentiates the first: masking a site changes what it costs, not
     how it is drawn. The cost is made of the second. Without masks they are the same
     tensor.
     """
     if isinstance(law, Independent):
-        both = log_prob(law.base_dist, value)
+        both = log_prob(law.base_dist, value, soft)
         return _each(both, lambda x: _sum_rightmost(x, law.reinterpreted_batch_ndims))
     if isinstance(law, MaskedDistribution):
-        score, masked = log_prob(law.base_dist, value)
+        score, masked = log_prob(law.base_dist, value, soft)
         return score, scale_and_mask(masked, mask=law._mask)
     if isinstance(law, ExpandedDistribution):
         batch = value.shape[: value.dim() - law.event_dim]
         shape = broadcast_shape(law.batch_shape, batch)
-        return _each(log_prob(law.base_dist, value), lambda x: x.expand(shape))
-    score = _core_score(law, value)
+        return _each(log_prob(law.base_dist, value, soft), lambda x: x.expand(shape))
+    score = _soft_score(law, value) if soft else _core_score(law, value)
     return score, score
 
 

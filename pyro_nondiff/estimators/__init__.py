@@ -21,6 +21,8 @@ from .baselines import AbstractBaseline as AbstractBaseline
 from .baselines import MovingAverage as MovingAverage
 from .baselines import NeuralBaseline as NeuralBaseline
 from .baselines import Reading as Reading
+from .control_variates import REBAR as REBAR
+from .control_variates import RELAX as RELAX
 from .coupled import DisARM as DisARM
 from .exact import Enumerate as Enumerate
 from .pathwise import Auto as Auto
@@ -29,7 +31,9 @@ from .score import REINFORCE as REINFORCE
 from .score import RLOO as RLOO
 
 __all__ = [
+    "REBAR",
     "REINFORCE",
+    "RELAX",
     "RLOO",
     "AbstractBaseline",
     "AbstractEstimator",

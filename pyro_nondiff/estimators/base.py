@@ -23,7 +23,10 @@ class Ask:
 
     Arguments:
         base: How many base worlds it needs at least.
-        hard: How many hard worlds branch at the site.
+        hard: How many hard worlds branch at the site: with values of the law.
+        soft: How many soft worlds branch at the site, after the hard ones: with relaxed
+            values, in which the program must be continuous.
+        second: Whether a second noise is wanted, drawn under the role ``"v"``.
         pathwise: Whether the value carries a gradient to the law's parameters.
         base_mass: Weight of the base world in the model's and pathwise gradients,
             relative to the branches'.
@@ -36,6 +39,8 @@ class Ask:
 
     base: int = 1
     hard: int = 0
+    soft: int = 0
+    second: bool = False
     pathwise: bool = False
     base_mass: float = 1.0
     hard_mass: float = 1.0
@@ -48,17 +53,28 @@ class Draw:
     """What an estimator draws at a site.
 
     Arguments:
-        values: Values of the law, of shape ``(1 + m, K, plates, event)``; the first is
-            the base world's.
+        values: Values of the law, of shape ``(1 + hard + soft, K, plates, event)``; the
+            first is the base world's, the last are the soft worlds'.
         logits: The leaf that ``Estimate.gradient`` is a gradient for,
             ``(K, plates, event)``.
         hard_weights: Weights of the hard worlds, ``(m, K, plates)``, that sum to
             ``Ask.hard_mass`` over the first dimension. Without, they are equal.
+        soft: The relaxed value and its twin, ``(2, K, plates, event)``, with a gradient to
+            ``leaf``.
+        placed: The same values as the soft worlds have them, for the gradient of a cost.
+        leaf: The logits that ``soft`` was made of, cut off from the program.
+        score: The gradient of the base value's log-probability for the logits.
+        temperature: Of what is relaxed behind the site in its soft worlds.
     """
 
     values: Tensor
     logits: Tensor | None = None
     hard_weights: Tensor | None = None
+    soft: Tensor | None = None
+    placed: Tensor | None = None
+    leaf: Tensor | None = None
+    score: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +86,15 @@ class Context:
         args: The positional arguments of the program.
         kwargs: Its keyword arguments.
         shape: The shape of a weight, ``(K, plates)``, for the site.
+        soft_totals: The costs of the soft worlds, ``(soft, K)``: each term once, summed over
+            all plates, to be differentiated for ``Draw.soft``.
     """
 
     site: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    soft_totals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +154,22 @@ class AbstractEstimator(ABC):
         """What a site learns, made on its first step; None if it learns nothing."""
         return None
 
-    def hard_draw(self, law: Law, value: Tensor, noise: Tensor | None) -> Draw:
-        """The values of the hard worlds beside the base value.
+    def draw(
+        self,
+        law: Law,
+        value: Tensor,
+        noise: Tensor | None,
+        second: Tensor | None,
+        state: nn.Module | None,
+    ) -> Draw:
+        """The values of the site's own worlds beside the base value.
 
         Arguments:
-            law: The law of the site.
+            law: The law of the site in the base run.
             value: The base value, the law's map of ``noise``.
             noise: The site's noise, or None for a law that is no map of noise.
+            second: The second noise, if it was asked for.
+            state: What :meth:`make_state` returned for this site.
         """
         return Draw(value.unsqueeze(0))
 
@@ -153,8 +181,9 @@ class AbstractEstimator(ABC):
 
         Arguments:
             draw: What was drawn at the site.
-            costs: The cost of each world, ``(1 + m, K, plates)``, without gradient. A
-                site's cost is to be minimised.
+            costs: The cost of each world, ``(1 + hard + soft, K, plates)``, to be
+                minimised. Those of the hard worlds have no gradient; those of the soft
+                worlds have one to ``draw.soft``.
             state: What :meth:`make_state` returned for this site.
             context: What else may be looked at.
         """

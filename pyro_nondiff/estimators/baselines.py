@@ -64,7 +64,7 @@ class AbstractBaseline(ABC):
         return SumBaseline(self, other)
 
 
-class _RunningMean(nn.Module):
+class RunningMean(nn.Module):
     """An exponential average whose start is corrected, held in buffers."""
 
     mean: Tensor
@@ -79,7 +79,7 @@ class _RunningMean(nn.Module):
     def forward(self) -> Tensor:
         return self.mean / self.weight.clamp(min=1e-12)  # 0 before the first observation
 
-    def fit_to(self, like: Tensor) -> "_RunningMean":
+    def fit_to(self, like: Tensor) -> "RunningMean":
         if self.mean.dtype != like.dtype or self.mean.device != like.device:
             self.to(like)
         return self
@@ -125,10 +125,10 @@ class MovingAverage(AbstractBaseline):
         _check_decay(self.decay)
 
     def make_state(self) -> nn.Module:
-        return _RunningMean(self.decay)
+        return RunningMean(self.decay)
 
     def read(self, state: nn.Module, costs: Tensor, context: Context) -> Reading:
-        average = cast(_RunningMean, state).fit_to(costs)
+        average = cast(RunningMean, state).fit_to(costs)
         if self.per_element:
             self._match(average, costs, context)
         return Reading(average(), _no_loss, lambda f: average.update(self._observe(f)))
@@ -136,7 +136,7 @@ class MovingAverage(AbstractBaseline):
     def _observe(self, costs: Tensor) -> Tensor:
         return costs.mean(0) if self.per_element else costs.mean()
 
-    def _match(self, average: _RunningMean, costs: Tensor, context: Context) -> None:
+    def _match(self, average: RunningMean, costs: Tensor, context: Context) -> None:
         shape = costs.shape[1:]
         if average.mean.dim() == 0 and shape:
             average.mean = average.mean.expand(shape).clone()
@@ -197,15 +197,15 @@ class NeuralBaseline(AbstractBaseline):
         return nn.ModuleDict(
             {
                 "net": self.net,
-                "mean": _RunningMean(self.decay),
-                "square": _RunningMean(self.decay),
+                "mean": RunningMean(self.decay),
+                "square": RunningMean(self.decay),
             }
         )
 
     def read(self, state: nn.Module, costs: Tensor, context: Context) -> Reading:
         parts = cast(nn.ModuleDict, state)
-        mean = cast(_RunningMean, parts["mean"]).fit_to(costs)
-        square = cast(_RunningMean, parts["square"]).fit_to(costs)
+        mean = cast(RunningMean, parts["mean"]).fit_to(costs)
+        square = cast(RunningMean, parts["square"]).fit_to(costs)
         centre = mean() if self.centre else torch.zeros_like(mean.mean)
         scale = torch.ones_like(centre)
         if self.normalise:

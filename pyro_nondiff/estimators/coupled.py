@@ -49,7 +49,14 @@ class DisARM(AbstractEstimator):
     def ask(self, law: Law) -> Ask:
         return Ask(hard=1, role="antithetic")
 
-    def hard_draw(self, law: Law, value: Tensor, noise: Tensor | None) -> Draw:
+    def draw(
+        self,
+        law: Law,
+        value: Tensor,
+        noise: Tensor | None,
+        second: Tensor | None,
+        state: nn.Module | None,
+    ) -> Draw:
         if noise is None:
             raise TypeError("a Bernoulli is a map of noise")
         return Draw(torch.stack([value, transport(law, -noise)]), logits(law))

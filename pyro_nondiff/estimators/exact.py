@@ -63,7 +63,14 @@ class Enumerate(AbstractEstimator):
     def ask(self, law: Law) -> Ask:
         return Ask(hard=_support_size(law), base_mass=0.0, per_element=True)
 
-    def hard_draw(self, law: Law, value: Tensor, noise: Tensor | None) -> Draw:
+    def draw(
+        self,
+        law: Law,
+        value: Tensor,
+        noise: Tensor | None,
+        second: Tensor | None,
+        state: nn.Module | None,
+    ) -> Draw:
         support = _support(law)
         lead = (1,) * (value.dim() - law.event_dim)
         support = support.reshape(support.shape[:1] + lead + law.event_shape).to(value.dtype)

@@ -3,11 +3,15 @@
 from .config import config_estimator as config_estimator
 from .elbo import EstimatorELBOModule as EstimatorELBOModule
 from .elbo import TraceEstimator_ELBO as TraceEstimator_ELBO
+from .elbo import TraceREBAR_ELBO as TraceREBAR_ELBO
 from .elbo import TraceREINFORCE_ELBO as TraceREINFORCE_ELBO
+from .elbo import TraceRELAX_ELBO as TraceRELAX_ELBO
 
 __all__ = [
     "EstimatorELBOModule",
     "TraceEstimator_ELBO",
+    "TraceREBAR_ELBO",
     "TraceREINFORCE_ELBO",
+    "TraceRELAX_ELBO",
     "config_estimator",
 ]

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import NonDiffError
+from .costs import Term
 from .execute import Chunk, Pair, run_recorded, terms_of
-from .worlds import Plan, Recorder, Site, lift
+from .plan import Plan, lift
+from .record import Recorder, Site
 
 
 @contextmanager
@@ -83,18 +85,17 @@ _Key = tuple[str, bool]
 def _alone(pair: Pair, chunk: Chunk, row: int, base: int) -> dict[_Key, Tensor]:
     """The terms of one world, run on its own with its values."""
     values = {
-        site.name: _slice_value(site, chunk.plan, row, base)
-        for site in chunk.run.guide.values()
-        if site.latent
+        site.name: slice_value(site, chunk.plan, row, base) for site in chunk.sites if site.latent
     }
     subsamples = dict(chunk.run.subsamples)
     plan = Plan(nesting=chunk.plan.nesting)
     with torch.no_grad():
-        run = run_recorded(pair, _Given(values, subsamples), subsamples)
-        return {(t.site.name, t.in_guide): t.value for t in terms_of(run, plan)}
+        run = run_recorded(pair, Given(values, subsamples), subsamples, plan)
+        terms = terms_of(run, plan, soft=row >= chunk.plan.num_hard)
+    return {(t.site.name, t.in_guide): t.value for t in terms}
 
 
-def _slice_value(site: Site, plan: Plan, row: int, base: int) -> Tensor:
+def slice_value(site: Site, plan: Plan, row: int, base: int) -> Tensor:
     """A value in one world, with the dimensions that it has in a run of its own."""
     event = site.value.shape[site.value.dim() - site.law.event_dim :]
     worlds = lift(site.value, plan.nesting + 2 + site.law.event_dim)
@@ -107,8 +108,7 @@ def _slice_value(site: Site, plan: Plan, row: int, base: int) -> Tensor:
 
 def _compare(chunk: Chunk, alone: Mapping[_Key, Tensor], row: int, base: int) -> None:
     for term in chunk.terms:
-        name, value = term.site.name, term.value.detach()
-        value = value[row : row + 1] if value.shape[0] > 1 else value
+        name, value = term.site.name, _row(term, row, chunk.plan.num_hard)
         value = value[:, base : base + 1] if value.shape[1] > 1 else value
         expected = alone.get((name, term.in_guide))
         if expected is None or not _close(value, expected):
@@ -119,6 +119,13 @@ def _compare(chunk: Chunk, alone: Mapping[_Key, Tensor], row: int, base: int) ->
                 f"broadcast over the {_dims(chunk.plan)} dimensions at the left of its plates. "
                 "Index from the right (x[..., 0], sum(-1)), or pass worlds='sequential'."
             )
+
+
+def _row(term: Term, row: int, num_hard: int) -> Tensor:
+    value, place = term.value.detach(), row
+    if row >= num_hard and term.soft is not None:
+        value, place = term.soft.detach(), row - num_hard
+    return value[place : place + 1] if value.shape[0] > 1 else value
 
 
 def _dims(plan: Plan) -> int:
@@ -134,7 +141,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return False
 
 
-class _Given(Recorder):
+class Given(Recorder):
     """A guide's run with all values given."""
 
     def __init__(self, values: Mapping[str, Tensor], subsamples: dict[str, Any]) -> None:

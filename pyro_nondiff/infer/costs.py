@@ -25,7 +25,7 @@ from operator import add
 
 from torch import Tensor
 
-from .worlds import Frame, Site
+from .record import Frame, Site
 
 Frames = frozenset[Frame]
 
@@ -40,6 +40,7 @@ class Term:
         score: The log-probability of the values, neither scaled nor masked.
         reach: The place in the guide's order that the term can depend on.
         in_guide: Whether it enters with a minus.
+        soft: The value in soft rows, with its gradient.
     """
 
     site: Site
@@ -47,6 +48,7 @@ class Term:
     score: Tensor
     reach: int
     in_guide: bool
+    soft: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,19 @@ class Cost:
     """The cost of a site.
 
     Arguments:
-        value: Of shape ``(rows, base worlds, plates)``, detached, to be minimised.
+        value: Of shape ``(rows, base worlds, plates)``, to be minimised.
+        totals: Of a soft cost, ``(rows, base worlds)``: each term once, summed over plates.
+        left_out: The later site that keeps terms out of a soft cost, if any does.
+        terms: How many terms of the model the cost is made of.
         shared: The names of the site's plates that a part of the cost lies outside of,
             with the latent site that joins their elements, or None if a term does.
     """
 
     value: Tensor
     shared: dict[str, str | None]
+    totals: Tensor | None
+    left_out: str | None
+    terms: int
 
 
 def reaches(guide: Sequence[Site], model: Sequence[Site]) -> dict[str, int]:
@@ -74,23 +82,28 @@ def reaches(guide: Sequence[Site], model: Sequence[Site]) -> dict[str, int]:
     return found
 
 
-def site_costs(guide: Sequence[Site], terms: Iterable[Term]) -> dict[str, Cost]:
+def site_costs(guide: Sequence[Site], terms: Iterable[Term], soft: bool = False) -> dict[str, Cost]:
     """The cost of each latent site of the guide that has an estimator other than pathwise.
 
     Arguments:
         guide: The guide's sites in their order.
         terms: All terms of the objective.
+        soft: Take the soft rows, with their gradient, of sites that have soft worlds. Terms
+            that can depend on a site that breaks soft values are left out.
     """
     arriving: dict[int, list[Term]] = {}
     for term in terms:
         arriving.setdefault(term.reach, []).append(term)
     pool: dict[Frames, Tensor] = {}
     joined_by: dict[Frame, str] = {}
+    left_out: str | None = None
+    count = 0
     costs = {}
     for place in range(len(guide) - 1, -1, -1):
         site = guide[place]
         for term in arriving.get(place, ()):
-            value = term.value.detach()
+            value = _part(term, soft)
+            count += not term.in_guide
             _add(pool, term.site.frames, value if term.in_guide else -value)
         if not site.latent:
             continue
@@ -98,9 +111,27 @@ def site_costs(guide: Sequence[Site], terms: Iterable[Term]) -> dict[str, Cost]:
         for lost in frozenset().union(*pool) - frames:
             joined_by[lost] = site.name
         pool = _keep(pool, frames)
-        if site.estimator is not None and not site.ask.pathwise:
-            costs[site.name] = Cost(reduce(add, pool.values()), _shared(pool, frames, joined_by))
+        if site.estimator is not None and not site.ask.pathwise and (site.ask.soft or not soft):
+            shared = _shared(pool, frames, joined_by)
+            totals = _totals(pool) if soft else None
+            costs[site.name] = Cost(reduce(add, pool.values()), shared, totals, left_out, count)
+        if soft and site.breaks:
+            pool, count, left_out = {}, 0, site.name
     return costs
+
+
+def _part(term: Term, soft: bool) -> Tensor:
+    if not soft:
+        return term.value.detach()
+    if term.soft is None:
+        raise TypeError("a run with soft rows has soft terms")
+    return term.soft
+
+
+def _totals(pool: dict[Frames, Tensor]) -> Tensor:
+    """The sum of the groups, each over its own plates: no term is counted twice."""
+    flat = (value.reshape(*value.shape[:2], -1).sum(-1) for value in pool.values())
+    return reduce(add, flat)
 
 
 def _keep(pool: dict[Frames, Tensor], frames: Frames) -> dict[Frames, Tensor]:

@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 from ..distributions import logits
 from ..errors import NonDiffError
-from ..estimators import REINFORCE, AbstractEstimator
+from ..estimators import REBAR, REINFORCE, RELAX, AbstractEstimator
 from ..estimators.baselines import AbstractBaseline
 from .config import check_type
 from .execute import Pair, Program
 from .objective import Step, evaluate, take_step
+from .plan import Plan
 from .planner import Planner, Worlds
 from .states import EstimatorStates, own_gradients
 
-__all__ = ["TraceEstimator_ELBO", "TraceREINFORCE_ELBO"]
+__all__ = [
+    "TraceEstimator_ELBO",
+    "TraceREBAR_ELBO",
+    "TraceREINFORCE_ELBO",
+    "TraceRELAX_ELBO",
+]
 
 
 class EstimatorELBOModule(ELBOModule):
@@ -127,6 +133,16 @@ class TraceEstimator_ELBO(ELBO):
         _commit(step)
         return step.loss.mean()
 
+    def unreduced(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Step:
+        """The loss and the surrogate of each base world; nothing learnt changes."""
+        pair = self._pair(model, guide, args, kwargs)
+        return take_step(pair, self._planner.run(pair, estimating=True))
+
+    def plan_of(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
+        """The worlds that a step runs in."""
+        pair = self._pair(model, guide, args, kwargs)
+        return self._planner.run(pair, estimating=True)[0].plan
+
     def site_gradients(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -139,7 +155,7 @@ class TraceEstimator_ELBO(ELBO):
         """
         pair = self._pair(model, guide, args, kwargs)
         chunks = self._planner.run(pair, estimating=True)
-        step = take_step(pair, chunks, self.states.of)
+        step = take_step(pair, chunks)
         if len(chunks) > 1:
             raise NonDiffError(
                 "site_gradients needs one set of logits a site, and the worlds ran one by one. "
@@ -161,12 +177,12 @@ class TraceEstimator_ELBO(ELBO):
                     f"{type(program).__name__} is a guide made of effects, which the objective "
                     "cannot run in worlds. Use a guide function, a PyroModule or an autoguide."
                 )
-        return Pair(model, guide, args, kwargs, self.estimator)
+        return Pair(model, guide, args, kwargs, self.estimator, self.states.of)
 
     def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Step, Tensor]:
         pair = self._pair(model, guide, args, kwargs)
         chunks = self._planner.run(pair, estimating=True)
-        step = take_step(pair, chunks, self.states.of)
+        step = take_step(pair, chunks)
         self.states.register()
         surrogate = step.surrogate.mean()
         if (own := own_gradients(step.own_losses, self.states)) is not None:
@@ -176,6 +192,12 @@ class TraceEstimator_ELBO(ELBO):
                 f"site '{local}' lies in a plate that the later guide site '{other}' is outside "
                 "of, so the costs of all plate elements are summed for each: its gradient is "
                 "unbiased, but varies more. Draw global sites before local ones in the guide."
+            )
+        for owner, other in step.left_out:
+            self._planner.warn(
+                f"site '{other}' cannot be relaxed, so the terms that can depend on it are left "
+                f"out of the control variate of site '{owner}': unbiased, but less correlated. "
+                "Draw a OneHotCategorical in place of an indexed Categorical."
             )
         return step, surrogate
 
@@ -200,6 +222,42 @@ class TraceREINFORCE_ELBO(TraceEstimator_ELBO):
 
     def __init__(self, baseline: AbstractBaseline | None = None, **options: Any) -> None:
         super().__init__(REINFORCE(baseline), **options)
+
+
+class TraceREBAR_ELBO(TraceEstimator_ELBO):
+    """:class:`TraceEstimator_ELBO` with REBAR at every site without ``rsample``.
+
+    Arguments:
+        temperature: As for :class:`pyro_nondiff.estimators.REBAR`.
+        eta: As for :class:`pyro_nondiff.estimators.REBAR`.
+        **options: As for :class:`TraceEstimator_ELBO`.
+
+    Example:
+        >>> from pyro_nondiff.infer import TraceREBAR_ELBO
+        >>> TraceREBAR_ELBO(temperature=0.1).estimator.temperature
+        0.1
+    """
+
+    def __init__(self, temperature: float = 0.5, eta: float = 1.0, **options: Any) -> None:
+        super().__init__(REBAR(temperature, eta), **options)
+
+
+class TraceRELAX_ELBO(TraceEstimator_ELBO):
+    """:class:`TraceEstimator_ELBO` with RELAX at every site without ``rsample``.
+
+    Arguments:
+        temperature: As for :class:`pyro_nondiff.estimators.RELAX`.
+        **options: As for :class:`TraceEstimator_ELBO`. For a network of your own give
+            ``TraceEstimator_ELBO(RELAX(net))``, or choose it a site.
+
+    Example:
+        >>> from pyro_nondiff.infer import TraceRELAX_ELBO
+        >>> TraceRELAX_ELBO(num_particles=2).num_particles
+        2
+    """
+
+    def __init__(self, temperature: float = 0.5, **options: Any) -> None:
+        super().__init__(RELAX(temperature=temperature), **options)
 
 
 def _reconcile(worlds: Worlds, vectorize_particles: bool | None) -> Worlds:

@@ -12,7 +12,9 @@ from ..distributions import log_prob
 from ..errors import NonDiffError
 from ..estimators import AbstractEstimator
 from .costs import Term, reaches
-from .worlds import Branch, GuideWorlds, ModelWorlds, Plan, Recorder, Site, lift
+from .plan import Branches, Plan, lift
+from .record import ModelWorlds, Recorder, Site
+from .worlds import Branch, GuideWorlds, StateOf
 
 Program = Callable[..., Any]
 
@@ -26,14 +28,19 @@ class Pair:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     default: AbstractEstimator | None
+    state_of: StateOf
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of guide and model: their sites, in the order in which they were met."""
+    """One run of guide and model: their sites, in the order in which they were met.
+
+    The model runs a second time on the soft rows, if there are any.
+    """
 
     guide: dict[str, Site]
     model: dict[str, Site]
+    soft_model: dict[str, Site] | None
     subsamples: dict[str, Any]
 
     @property
@@ -43,10 +50,10 @@ class Run:
         return max((-frame.dim for site in sites for frame in site.frames), default=0)
 
     @property
-    def branches(self) -> tuple[tuple[str, int], ...]:
+    def branches(self) -> tuple[Branches, ...]:
         """How many worlds each site asked to branch into."""
-        asks = [(site.name, site.ask.hard) for site in self.guide.values()]
-        return tuple((name, count) for name, count in asks if count)
+        asks = [Branches(s.name, s.ask.hard, s.ask.soft) for s in self.guide.values()]
+        return tuple(ask for ask in asks if ask.hard + ask.soft)
 
     @property
     def base(self) -> int:
@@ -67,21 +74,31 @@ class Chunk:
     terms: list[Term]
     branches: dict[str, list["Chunk"]] = field(default_factory=dict)
 
+    @property
+    def sites(self) -> list[Site]:
+        """The guide's sites in their order."""
+        return list(self.run.guide.values())
+
 
 def run_pair(pair: Pair, plan: Plan, branch: Branch | None = None, subsamples: Any = None) -> Run:
     """Runs the guide, and the model with the guide's values."""
     subsamples = {} if subsamples is None else dict(subsamples)
-    guide = GuideWorlds(plan, pair.default, subsamples, branch)
-    return run_recorded(pair, guide, subsamples)
+    guide = GuideWorlds(plan, pair.default, pair.state_of, subsamples, branch)
+    return run_recorded(pair, guide, subsamples, plan)
 
 
-def run_recorded(pair: Pair, guide: Recorder, subsamples: dict[str, Any]) -> Run:
+def run_recorded(pair: Pair, guide: Recorder, subsamples: dict[str, Any], plan: Plan) -> Run:
     """Runs the guide under a recorder of one's own, and the model with its values."""
     _run(pair.guide, guide, pair)
-    model = ModelWorlds(guide.sites, subsamples)
+    model = ModelWorlds(guide.sites, subsamples, plan)
     _run(pair.model, model, pair)
     _check_partners(guide.sites, model.sites)
-    return Run(guide.sites, model.sites, subsamples)
+    soft_sites = None
+    if plan.num_rows > plan.num_hard:
+        soft = ModelWorlds(guide.sites, subsamples, plan, soft=True)
+        _run(pair.model, soft, pair)
+        soft_sites = soft.sites
+    return Run(guide.sites, model.sites, soft_sites, subsamples)
 
 
 def _run(program: Program, recorder: Recorder, pair: Pair) -> None:
@@ -124,26 +141,63 @@ def _check_partners(guide: dict[str, Site], model: dict[str, Site]) -> None:
         )
 
 
-def terms_of(run: Run, plan: Plan) -> list[Term]:
-    """All terms of the objective, in worlds and plates."""
+def terms_of(run: Run, plan: Plan, soft: bool = False) -> list[Term]:
+    """All terms of the objective, in worlds and plates.
+
+    Arguments:
+        run: A run.
+        plan: Its worlds.
+        soft: Whether the run is one soft world.
+    """
     reach = reaches(list(run.guide.values()), list(run.model.values()))
-    guide = [_term(site, i, True, plan) for i, site in enumerate(run.guide.values())]
-    model = [_term(site, reach[site.name], False, plan) for site in run.model.values()]
-    return guide + model
+    guide = [_guide_term(site, i, plan, soft) for i, site in enumerate(run.guide.values())]
+    return guide + [
+        _model_term(site, reach[site.name], run, plan, soft) for site in run.model.values()
+    ]
 
 
-def _term(site: Site, reach: int, in_guide: bool, plan: Plan) -> Term:
-    score, masked = log_prob(site.law, site.value)
+def _guide_term(site: Site, place: int, plan: Plan, soft: bool) -> Term:
+    rows = plan.num_rows
+    score, value = _scored(site, plan, soft or rows > plan.num_hard, rows)
+    if soft:
+        return Term(site, value, score, place, True, value)
+    if rows == plan.num_hard:
+        return Term(site, value, score, place, True)
+    if len(value) == 1:
+        return Term(site, value, score, place, True, value)
+    hard = slice(None, plan.num_hard)
+    return Term(site, value[hard], score[hard], place, True, value[plan.num_hard :])
+
+
+def _model_term(site: Site, reach: int, run: Run, plan: Plan, soft: bool) -> Term:
+    score, value = _scored(site, plan, soft, plan.num_hard)
+    if soft:
+        return Term(site, value, score, reach, False, value)
+    soft_value = None
+    if run.soft_model is not None:
+        twin = run.soft_model.get(site.name)
+        if twin is None:
+            raise NonDiffError(
+                f"site '{site.name}' of the model is not met in its soft worlds: the model's "
+                "sites depend on values. Use an estimator without soft worlds, such as RLOO()."
+            )
+        _, soft_value = _scored(twin, plan, True, plan.num_rows - plan.num_hard)
+    return Term(site, value, score, reach, False, soft_value)
+
+
+def _scored(site: Site, plan: Plan, soft: bool, rows: int) -> tuple[Tensor, Tensor]:
+    """A site's log-probability, and the same scaled and masked, with all dimensions."""
+    score, masked = log_prob(site.law, site.value, soft)
     value = lift(scale_and_mask(masked, site.scale, site.mask), plan.nesting + 2)
-    _check_shape(site, value, plan)
-    return Term(site, value, lift(score, plan.nesting + 2), reach, in_guide)
+    _check_shape(site, value, plan, rows)
+    return lift(score, plan.nesting + 2), value
 
 
-def _check_shape(site: Site, value: Tensor, plan: Plan) -> None:
+def _check_shape(site: Site, value: Tensor, plan: Plan, rows: int) -> None:
     """Every dimension of a term must be declared: a world or a plate."""
     declared = {frame.dim for frame in site.frames}
     rank = plan.nesting + 2
-    worlds = {-rank: plan.num_rows, 1 - rank: plan.base}
+    worlds = {-rank: rows, 1 - rank: plan.base}
     for dim in range(-value.dim(), 0):
         size = value.shape[dim]
         if size == 1 or dim in declared or worlds.get(dim) == size:
@@ -172,8 +226,8 @@ def _sequential(pair: Pair, plan: Plan) -> Iterator[Chunk]:
         subsamples = run.subsamples
         single = Plan(nesting=max(plan.nesting, run.nesting))
         branches = {
-            name: [_branch(pair, single, run, name, 1 + row) for row in range(count)]
-            for name, count in (run.branches if plan.branches else ())
+            name: [_branch(pair, single, run, name, 1 + row) for row in range(hard + soft)]
+            for name, hard, soft in (run.branches if plan.branches else ())
         }
         yield Chunk(single, run, terms_of(run, single), branches)
         wanted = max(wanted, run.base) if plan.branches or plan.base > 1 else wanted
@@ -181,8 +235,9 @@ def _sequential(pair: Pair, plan: Plan) -> Iterator[Chunk]:
 
 
 def _branch(pair: Pair, plan: Plan, base: Run, site: str, row: int) -> Chunk:
-    run = run_pair(pair, plan, Branch(base.guide, site, row), base.subsamples)
-    return Chunk(plan, run, terms_of(run, plan))
+    branch = Branch(base.guide, site, row)
+    run = run_pair(pair, plan, branch, base.subsamples)
+    return Chunk(plan, run, terms_of(run, plan, soft=branch.soft))
 
 
 def sites_of(chunks: Sequence[Chunk]) -> list[str]:

@@ -1,21 +1,20 @@
 """A step: from runs to the loss and to the surrogate whose gradient is the estimate."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import NonDiffError
 from ..estimators import Context, Draw, Estimate
 from .costs import Cost, site_costs
 from .execute import Chunk, Pair
-from .worlds import Site, lift
-
-StateOf = Callable[[Site], nn.Module | None]
+from .plan import lift, lift_behind
+from .record import Site
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Step:
         own_losses: What trains the estimators' states.
         updates: To be called when the step has succeeded.
         joined: Pairs of sites: a local one, and the later one that joins its plate.
+        left_out: Pairs of sites: one with soft worlds, and the later one that breaks them.
     """
 
     loss: Tensor
@@ -37,6 +37,7 @@ class Step:
     own_losses: list[Tensor] = field(default_factory=list)
     updates: list[Callable[[], None]] = field(default_factory=list)
     joined: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,20 @@ class _SiteRows:
     costs: Tensor
     scores: Tensor
     worlds: list[int]
+    soft_totals: Tensor | None
 
 
-def take_step(pair: Pair, chunks: Sequence[Chunk], state_of: StateOf) -> Step:
+def take_step(pair: Pair, chunks: Sequence[Chunk]) -> Step:
     """The loss and the surrogate of a step.
 
     Arguments:
         pair: The programs and their arguments.
         chunks: All runs of the step.
-        state_of: The learnt state of a site.
     """
     parts = [_pathwise(chunk) for chunk in chunks]
     step = Step(-torch.cat([loss for loss, _ in parts]), -torch.cat([path for _, path in parts]))
     for rows in _estimated_sites(chunks, step):
-        _estimate(pair, rows, state_of, step)
+        _estimate(pair, rows, step)
     return step
 
 
@@ -70,14 +71,17 @@ def evaluate(chunks: Sequence[Chunk]) -> Tensor:
     return -torch.cat([_pathwise(chunk)[0] for chunk in chunks])
 
 
-def _estimate(pair: Pair, rows: _SiteRows, state_of: StateOf, step: Step) -> None:
+def _estimate(pair: Pair, rows: _SiteRows, step: Step) -> None:
     site, scores = rows.site, rows.scores
-    context = Context(site.name, pair.args, pair.kwargs, tuple(scores.shape[1:]))
+    shape = tuple(scores.shape[1:])
+    context = Context(site.name, pair.args, pair.kwargs, shape, rows.soft_totals)
     if site.estimator is None:
         raise TypeError("an estimated site has an estimator")
-    found = site.estimator.estimate(rows.draw, rows.costs, state_of(site), context)
+    state = pair.state_of(site.name, site.estimator, site.law)
+    found = site.estimator.estimate(rows.draw, rows.costs, state, context)
     surrogate = _site_surrogate(site, found, rows)
-    step.site_surrogates[site.name] = surrogate
+    known = step.site_surrogates.get(site.name)
+    step.site_surrogates[site.name] = surrogate if known is None else torch.cat([known, surrogate])
     if surrogate.shape != step.surrogate.shape:  # a site that only some base worlds have met
         index = torch.tensor(rows.worlds, device=surrogate.device)
         surrogate = torch.zeros_like(step.surrogate).index_add(0, index, surrogate)
@@ -145,7 +149,7 @@ def _branching(chunk: Chunk) -> tuple[list[Site], float, float]:
 
 def _vectorised_weights(chunk: Chunk) -> Tensor | None:
     """The weight of each row, ``(rows, K or 1, plates)``."""
-    if chunk.plan.num_rows == 1:
+    if chunk.plan.num_hard == 1:
         return None
     sites, base, total = _branching(chunk)
     like = chunk.terms[0].value
@@ -169,7 +173,7 @@ def _sequential_weights(chunk: Chunk) -> Any:
     yield chunk, ones * (base / total)
     for site in sites:
         weights = _hard_weights(site, chunk, ones) / total
-        for row, branch in enumerate(chunk.branches[site.name]):
+        for row, branch in enumerate(chunk.branches[site.name][: site.ask.hard]):
             yield branch, weights[row : row + 1]
 
 
@@ -183,30 +187,54 @@ def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
     for chunk in chunks:
         worlds = list(range(first, first + chunk.plan.base))
         first += chunk.plan.base
-        costs = site_costs(list(chunk.run.guide.values()), chunk.terms)
+        soft = chunk.plan.num_rows > chunk.plan.num_hard
+        costs = site_costs(chunk.sites, chunk.terms)
+        soft_costs = site_costs(chunk.sites, chunk.terms, soft=True) if soft else {}
         for name, cost in costs.items():
             site = chunk.run.guide[name]
             _check_shared(site, cost, step)
-            found.setdefault(name, []).append(_site_rows(site, cost, chunk, worlds))
-    return [rows[0] if len(rows) == 1 else _side_by_side(rows) for rows in found.values()]
+            rows = _site_rows(site, cost, soft_costs.get(name), chunk, worlds, step)
+            found.setdefault(name, []).append(rows)
+    merged: list[_SiteRows] = []
+    for parts in found.values():
+        apart = len(parts) == 1 or parts[0].site.ask.second  # soft values are leaves a run
+        merged += parts if apart else [_side_by_side(parts)]
+    return merged
 
 
-def _site_rows(site: Site, cost: Cost, chunk: Chunk, worlds: list[int]) -> _SiteRows:
-    scores = next(t.score for t in chunk.terms if t.in_guide and t.site is site)
-    values, own = cost.value, chunk.plan.rows_of(site.name)
-    if site.name in chunk.branches:
-        branches = [_branch_rows(site.name, branch) for branch in chunk.branches[site.name]]
-        values = _cat([values, *(value for value, _ in branches)], 0)
-        scores = _cat([scores, *(score for _, score in branches)], 0)
-    else:
-        values, scores = _own_rows(values, own), _own_rows(scores, own)
-    return _SiteRows(site, _base_draw(site, chunk.plan.nesting), values, scores, worlds)
+def _site_rows(
+    site: Site, cost: Cost, soft_cost: Cost | None, chunk: Chunk, worlds: list[int], step: Step
+) -> _SiteRows:
+    score = next(t.score for t in chunk.terms if t.in_guide and t.site is site)
+    hard, soft = chunk.plan.rows_of(site.name)
+    values, scores, totals = [_own_rows(cost.value, hard)], [_own_rows(score, hard)], []
+    if soft_cost is not None:
+        _check_left_out(site, soft_cost, step)
+        own = slice(soft.start - chunk.plan.num_hard, soft.stop - chunk.plan.num_hard)
+        values.append(_rows(soft_cost.value, own))
+        totals.append(_rows(soft_cost.totals, own))
+    for row, branch in enumerate(chunk.branches.get(site.name, ())):
+        branch_cost, branch_score = _branch_rows(site.name, branch, row >= site.ask.hard)
+        values.append(branch_cost.value)
+        if row < site.ask.hard:
+            scores.append(branch_score)
+        else:
+            _check_left_out(site, branch_cost, step)
+            totals.append(_given(branch_cost.totals))
+    return _SiteRows(
+        site,
+        _base_draw(site, chunk.plan.nesting),
+        _cat(values, 0),
+        _cat(scores, 0),
+        worlds,
+        _cat(totals, 0) if totals else None,
+    )
 
 
-def _branch_rows(name: str, branch: Chunk) -> tuple[Tensor, Tensor]:
-    costs = site_costs(list(branch.run.guide.values()), branch.terms)
+def _branch_rows(name: str, branch: Chunk, soft: bool) -> tuple[Cost, Tensor]:
+    costs = site_costs(branch.sites, branch.terms, soft)
     score = next(t.score for t in branch.terms if t.in_guide and t.site.name == name)
-    return costs[name].value, score
+    return costs[name], score
 
 
 def _own_rows(x: Tensor, own: slice) -> Tensor:
@@ -216,21 +244,34 @@ def _own_rows(x: Tensor, own: slice) -> Tensor:
     return x[:1] if count == 1 else torch.cat([x[:1], x[own]])
 
 
+def _rows(x: Tensor | None, own: slice) -> Tensor:
+    found = _given(x)
+    return found[own] if len(found) > 1 else found.expand(own.stop - own.start, *found.shape[1:])
+
+
+def _given(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise TypeError("a soft cost has totals")
+    return x
+
+
 def _base_draw(site: Site, nesting: int) -> Draw:
-    """A draw with its row dimension, that of other sites' branches, at the base row."""
+    """A draw with all dimensions, at the base row; what costs depend on stays as it is."""
     if site.draw is None:
         raise TypeError("a latent site has a draw")
-    draw, rank, event = site.draw, nesting + 2, site.law.event_dim
+    draw, rank = site.draw, nesting + 2
+    full = rank + site.law.event_dim
+    values = lift_behind(draw.values, full)[:, 0]
+    if draw.logits is None and draw.hard_weights is None:
+        return Draw(values)
     hard = draw.hard_weights
-    return Draw(
-        _lift_behind(draw.values, rank + event)[:, 0],
-        None if draw.logits is None else lift(draw.logits, rank + event)[0],
-        None if hard is None else _lift_behind(hard, rank)[:, 0],
+    return replace(
+        draw,
+        values=values,
+        logits=None if draw.logits is None else lift(draw.logits, full)[0],
+        score=None if draw.score is None else lift(draw.score, full)[0],
+        hard_weights=None if hard is None else lift_behind(hard, rank)[:, 0],
     )
-
-
-def _lift_behind(x: Tensor, rank: int) -> Tensor:
-    return x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
 
 
 def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
@@ -245,6 +286,7 @@ def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
         _cat([r.costs for r in rows], 1),
         _cat([r.scores for r in rows], 1),
         [world for r in rows for world in r.worlds],
+        None,
     )
 
 
@@ -255,6 +297,8 @@ def _cat_given(tensors: list[Tensor | None], dim: int) -> Tensor | None:
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     """Concatenates tensors whose other dimensions broadcast."""
+    if len(tensors) == 1:
+        return tensors[0]
     shapes = [(*t.shape[:dim], 1, *t.shape[dim + 1 :]) for t in tensors]
     shape = torch.broadcast_shapes(*shapes)
     wide = [t.expand(shape[:dim] + t.shape[dim : dim + 1] + shape[dim + 1 :]) for t in tensors]
@@ -272,3 +316,15 @@ def _check_shared(site: Site, cost: Cost, step: Step) -> None:
             )
         if other is not None:
             step.joined.append((site.name, other))
+
+
+def _check_left_out(site: Site, cost: Cost, step: Step) -> None:
+    if cost.left_out is None:
+        return
+    if cost.terms == 0:
+        raise NonDiffError(
+            f"site '{site.name}': no term of the model is left for the control variate of "
+            f"{site.estimator!r}, since all can depend on site '{cost.left_out}', which cannot be "
+            "relaxed. Use RELAX(relaxed_cost=False) or RLOO(), or draw a OneHotCategorical there."
+        )
+    step.left_out.append((site.name, cost.left_out))

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..errors import NonDiffError, NonDiffWarning
 from .check import check_worlds, preserved
+from .continuity import check_continuity
 from .execute import Chunk, Pair, execute, run_pair, terms_of
-from .worlds import Mode, Plan
+from .plan import Mode, Plan
 
 Worlds = Literal["auto", "vectorized", "sequential"]
 
@@ -115,6 +116,8 @@ class Planner:
                 "estimator without branches, such as RLOO()."
             )
         with preserved() as restore:
+            if plan.num_rows > plan.num_hard:
+                check_continuity(pair, chunks[0])
             skipped = check_worlds(pair, chunks[0])
             restore()
         if skipped is not None:

@@ -6,9 +6,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ..distributions import Law
 from ..errors import NonDiffError
 from ..estimators import AbstractEstimator
-from .worlds import Site
 
 
 class EstimatorStates(nn.Module):
@@ -21,12 +21,10 @@ class EstimatorStates(nn.Module):
         super().__init__()
         self._recipes: dict[str, AbstractEstimator] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._trained: dict[str, nn.Module] = {}
 
-    def of(self, site: Site) -> nn.Module | None:
+    def of(self, name: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
         """The state of a site, made now if this is its first step."""
-        estimator, name = site.estimator, site.name
-        if estimator is None:
-            return None
         known = self._recipes.setdefault(name, estimator)
         if known != estimator:
             raise NonDiffError(
@@ -36,11 +34,13 @@ class EstimatorStates(nn.Module):
             )
         key = _key(name)
         if key not in self._modules:
-            self._modules[key] = self._made(key, estimator, site)
+            self._modules[key] = self._made(key, estimator, law)
         return self._modules[key]
 
-    def _made(self, key: str, estimator: AbstractEstimator, site: Site) -> nn.Module | None:
-        state = estimator.make_state(site.law)
+    def _made(self, key: str, estimator: AbstractEstimator, law: Law) -> nn.Module | None:
+        state = estimator.make_state(law)
+        if state is not None and any(True for _ in state.parameters()):
+            self._trained[key] = state
         if state is not None and (waiting := self._waiting.pop(key, None)) is not None:
             state.load_state_dict(waiting)
         return state
@@ -50,9 +50,8 @@ class EstimatorStates(nn.Module):
 
         They are named ``estimator.<site>$$$<parameter>``.
         """
-        for key, state in self.named_children():
-            if any(True for _ in state.parameters()):
-                pyro.module(f"estimator.{key}", state, update_module_params=True)
+        for key, state in self._trained.items():
+            pyro.module(f"estimator.{key}", state, update_module_params=True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -66,10 +65,12 @@ class EstimatorStates(nn.Module):
 
 def own_gradients(losses: list[Tensor], states: EstimatorStates) -> Tensor | None:
     """A surrogate of the estimators' own losses that reaches their states alone."""
-    parameters = [p for p in states.parameters() if p.requires_grad]
-    if not losses or not parameters:
+    parameters = [p for p in states.parameters() if p.requires_grad] if losses else []
+    if not parameters:
         return None
-    gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(
+        torch.stack(losses).sum(), parameters, retain_graph=True, allow_unused=True
+    )
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     return torch.stack([(p * g).sum() for p, g in pairs]).sum() if pairs else None
 

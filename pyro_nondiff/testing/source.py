@@ -40,7 +40,7 @@ class Enumeration:
     def __call__(self, request: Request) -> Tensor:
         if request.kind == "normal":
             return self._normal(request)
-        logits = _rows(core(request.law).logits.detach(), request.shape)
+        logits = rows_of(core(request.law).logits.detach(), request.shape)
         if request.kind == "gumbel":
             return self._gumbel(logits)
         if request.role == "antithetic":
@@ -88,7 +88,7 @@ class Enumeration:
 _LARGE = 1e4  # beyond any difference of logits
 
 
-def _rows(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+def rows_of(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Logits with their rows first, and the noise's own dimensions behind."""
     full = torch.broadcast_shapes(logits.shape, shape)
     has_rows = len(full) == len(shape) > 0 and full[0] > shape[0]

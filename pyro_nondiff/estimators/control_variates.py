@@ -1,0 +1,341 @@
+r"""Control variates that depend on the sample, made unbiased by a reparameterised twin.
+
+With perturbed logits :math:`z`, their value :math:`b`, and perturbed logits
+:math:`\tilde z` drawn afresh given :math:`b`,
+
+.. math:: \hat g = (f(b) - c(\tilde z)) \nabla_\eta \log q_\eta(b)
+          + \nabla_\eta c(z) - \nabla_\eta c(\tilde z)
+
+is unbiased for any continuous :math:`c`. What :math:`c` has to learn is trained by the
+variance of :math:`\hat g`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions import Law, conditional, describe, relax, relaxable, wide_logits
+from ..errors import NonDiffError
+from .base import AbstractEstimator, Ask, Context, Draw, Estimate
+from .baselines import RunningMean
+
+__all__ = ["REBAR", "RELAX"]
+
+
+class _ControlVariate(nn.Module):
+    """What a control variate learns at one site."""
+
+    log_temperature: Tensor
+    eta: Tensor
+
+    def __init__(self, recipe: "REBAR | RELAX", net: nn.Module | None, law: Law) -> None:
+        super().__init__()
+        self._hold("log_temperature", math.log(recipe.temperature), recipe.learn_temperature)
+        self._hold("eta", recipe.eta, recipe.learn_eta)
+        self.baseline = RunningMean(0.9)
+        self.net = net
+        self.to(wide_logits(law))
+
+    def _hold(self, name: str, value: float, learn: bool) -> None:
+        """Keeps a number as a parameter if it is learnt, as a buffer if not."""
+        if learn:
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
+        else:
+            self.register_buffer(name, torch.tensor(value))
+
+
+def _refuse(law: Law, name: str) -> str | None:
+    if relaxable(law):
+        return None
+    advice = "use OneHotCategorical, or" if "Categorical" in describe(law) else "use"
+    return (
+        f"{name} relaxes a Bernoulli or a OneHotCategorical, and the law is {describe(law)}: "
+        f"{advice} RLOO(), which serves any law."
+    )
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise NonDiffError(f"temperature must be positive, found {temperature}")
+
+
+def _twins(
+    law: Law,
+    value: Tensor,
+    noise: Tensor | None,
+    second: Tensor | None,
+    state: nn.Module | None,
+    in_worlds: bool,
+    second_order: bool,
+) -> Draw:
+    """The soft value and its twin given the hard value.
+
+    What the worlds get is cut off from the temperature, unless the cost is to be
+    differentiated twice.
+    """
+    if noise is None or second is None or state is None:
+        raise TypeError("a control variate draws with two noises and a state")
+    attached = wide_logits(law)
+    with torch.enable_grad():
+        # a leaf for each base world, also where they share the logits
+        shape = torch.broadcast_shapes(attached.shape, noise.shape)
+        leaf = attached.detach().expand(shape).requires_grad_()
+        temperature = cast(_ControlVariate, state).log_temperature.exp().to(leaf)
+        pair = [leaf + noise, conditional(law, leaf, value, second)]
+        soft = torch.stack([relax(law, perturbed, temperature) for perturbed in pair])
+        placed = soft if second_order else soft.detach().requires_grad_()
+        values = value.unsqueeze(0)
+        if in_worlds:
+            values = torch.cat([values.expand(1, *soft.shape[1:]), placed.to(value.dtype)])
+    mean = relax(law, attached.detach(), torch.ones_like(temperature).detach())
+    return Draw(
+        values,
+        attached,
+        soft=soft,
+        placed=placed,
+        leaf=leaf,
+        score=value - mean,
+        temperature=temperature.detach(),
+    )
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """A control variate in numbers: its value at the twin, and the slope of both."""
+
+    twin: Tensor
+    slope: Tensor
+
+
+def _behind(x: Tensor, like: Tensor) -> Tensor:
+    """Adds dimensions of size 1 at the right, for the event dimensions of ``like``."""
+    return x.reshape(x.shape + (1,) * (like.dim() - x.dim()))
+
+
+def _slopes(totals: Tensor, draw: Draw, second_order: bool) -> Tensor:
+    """The gradient of the cost at the value, and of minus the cost at the twin, for both."""
+    (found,) = torch.autograd.grad(
+        (totals[0] - totals[1]).sum(),
+        cast(Tensor, draw.placed),
+        create_graph=second_order,
+        retain_graph=True,
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class REBAR(AbstractEstimator):
+    r"""REINFORCE with the relaxed program as its control variate.
+
+    The control variate is :math:`c = b + \eta (c_\mathrm{soft} - b)`, where
+    :math:`c_\mathrm{soft}` is the cost of a soft world and :math:`b` a running mean of the
+    cost. Temperature and :math:`\eta` are learnt by variance.
+
+    Arguments:
+        temperature: Where the temperature starts, positive.
+        eta: Where :math:`\eta` starts.
+        learn_temperature: Whether the temperature is learnt.
+        learn_eta: Whether :math:`\eta` is learnt.
+        second_order: Differentiate the cost twice in that training. Without, the slope of
+            the cost is held constant there, which costs less; the estimate is the same.
+
+    Raises:
+        NonDiffError: For a temperature that is not positive; at a site whose law cannot be
+            relaxed; at the first step, if the program breaks a soft value.
+
+    Example:
+        >>> from pyro_nondiff.estimators import REBAR
+        >>> REBAR(temperature=0.1).temperature
+        0.1
+
+    References:
+        | REBAR: Low-variance, unbiased gradient estimates for discrete latent variable
+          models (Tucker et al., 2017)
+        | https://arxiv.org/abs/1703.07370
+    """
+
+    temperature: float = 0.5
+    eta: float = 1.0
+    learn_temperature: bool = True
+    learn_eta: bool = True
+    second_order: bool = False
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+
+    def refuse(self, law: Law) -> str | None:
+        return _refuse(law, "REBAR")
+
+    def ask(self, law: Law) -> Ask:
+        return Ask(soft=2, second=True)
+
+    def make_state(self, law: Law) -> nn.Module | None:
+        return _ControlVariate(self, None, law)
+
+    def draw(
+        self,
+        law: Law,
+        value: Tensor,
+        noise: Tensor | None,
+        second: Tensor | None,
+        state: nn.Module | None,
+    ) -> Draw:
+        return _twins(law, value, noise, second, state, True, self.second_order)
+
+    def estimate(
+        self, draw: Draw, costs: Tensor, state: nn.Module | None, context: Context
+    ) -> Estimate:
+        learnt = cast(_ControlVariate, state)
+        combined = _relaxed_cost(draw, costs, learnt, context, self.second_order)
+        return _estimate(draw, costs[0], combined, learnt)
+
+
+def _relaxed_cost(
+    draw: Draw, costs: Tensor, state: _ControlVariate, context: Context, second_order: bool
+) -> _Combined:
+    totals = context.soft_totals
+    if totals is None or not totals.requires_grad:
+        raise NonDiffError(
+            f"site '{context.site}': the cost of its soft worlds has no gradient, so there is "
+            "nothing to relax. Use RELAX(relaxed_cost=False) or RLOO() for a black-box cost."
+        )
+    baseline = state.baseline.fit_to(costs)().detach()
+    slopes, soft = _slopes(totals, draw, second_order), cast(Tensor, draw.soft)
+    leaf = cast(Tensor, draw.leaf)
+    (slope,) = torch.autograd.grad(soft, leaf, slopes, create_graph=True)
+    twin = costs[-1] if second_order else _linear(costs[-1], -slopes[1], draw)
+    return _Combined(baseline + state.eta * (twin - baseline), state.eta * slope)
+
+
+def _linear(twin: Tensor, slope: Tensor, draw: Draw) -> Tensor:
+    """The twin's cost with its slope in the soft value held constant."""
+    soft, score = cast(Tensor, draw.soft), cast(Tensor, draw.score)
+    move = (slope * (soft[1] - soft[1].detach())).reshape(score.shape)
+    events = score.dim() - twin.dim()
+    return twin.detach() + (move.sum(list(range(-events, 0))) if events else move)
+
+
+def _estimate(draw: Draw, cost: Tensor, control: _Combined, state: _ControlVariate) -> Estimate:
+    score = cast(Tensor, draw.score)
+    slope = control.slope.reshape(score.shape)  # the leaf may lack dimensions of size 1
+    gradient = _behind(cost - control.twin, score) * score + slope
+    return Estimate(
+        gradient=gradient,
+        own_loss=gradient.square().sum(),
+        update=lambda: state.baseline.update(cost.mean()),
+    )
+
+
+@dataclass(frozen=True)
+class RELAX(AbstractEstimator):
+    r"""REBAR with a network added to its control variate.
+
+    The control variate is :math:`c = b + \eta (c_\mathrm{soft} - b) + r(\mathrm{soft}(z))`,
+    with a network :math:`r` of the site's relaxed value. Without ``relaxed_cost`` it is
+    :math:`r` alone: the cost may then be a black box, and no world branches.
+
+    Arguments:
+        control_variate: A module from the relaxed value, its event dimensions flattened, to
+            one number for each plate element, with or without a last dimension of size 1.
+            Give the same module at each step. If None, a small network is made.
+        input: A function of the program's arguments whose result the module gets as its
+            second argument.
+        temperature: Where the temperature starts, positive.
+        eta: Where :math:`\eta` starts.
+        relaxed_cost: Whether the relaxed program is a part of the control variate.
+        learn_temperature: Whether the temperature is learnt.
+        learn_eta: Whether :math:`\eta` is learnt.
+        second_order: As for :class:`REBAR`.
+
+    Raises:
+        NonDiffError: As for :class:`REBAR`; for a ``control_variate`` that is no module, or
+            whose output does not fit the site.
+
+    Example:
+        >>> from pyro_nondiff.estimators import RELAX
+        >>> estimator = RELAX(torch.nn.Sequential(torch.nn.Linear(8, 1)), relaxed_cost=False)
+
+    References:
+        | Backpropagation through the Void: Optimizing control variates for black-box gradient
+          estimation (Grathwohl et al., 2018)
+        | https://arxiv.org/abs/1711.00123
+    """
+
+    control_variate: nn.Module | None = None
+    input: Callable[..., Tensor] | None = field(default=None, compare=False, repr=False)
+    temperature: float = 0.5
+    eta: float = 1.0
+    relaxed_cost: bool = True
+    learn_temperature: bool = True
+    learn_eta: bool = True
+    second_order: bool = False
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        if not isinstance(self.control_variate, nn.Module | None):
+            raise NonDiffError(
+                "RELAX needs a torch.nn.Module as control_variate, found "
+                f"{type(self.control_variate).__name__}: wrap the function in a module."
+            )
+
+    def refuse(self, law: Law) -> str | None:
+        return _refuse(law, "RELAX")
+
+    def ask(self, law: Law) -> Ask:
+        return Ask(soft=2 if self.relaxed_cost else 0, second=True)
+
+    def make_state(self, law: Law) -> nn.Module | None:
+        net = self.control_variate
+        if net is None:
+            size = law.event_shape.numel()
+            net = nn.Sequential(nn.Linear(size, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, 1))
+        return _ControlVariate(self, net, law)
+
+    def draw(
+        self,
+        law: Law,
+        value: Tensor,
+        noise: Tensor | None,
+        second: Tensor | None,
+        state: nn.Module | None,
+    ) -> Draw:
+        return _twins(law, value, noise, second, state, self.relaxed_cost, self.second_order)
+
+    def estimate(
+        self, draw: Draw, costs: Tensor, state: nn.Module | None, context: Context
+    ) -> Estimate:
+        learnt = cast(_ControlVariate, state)
+        twin, slope = self._network(draw, learnt, context)
+        if self.relaxed_cost:
+            relaxed = _relaxed_cost(draw, costs, learnt, context, self.second_order)
+            twin, slope = twin + relaxed.twin, slope + relaxed.slope
+        return _estimate(draw, costs[0], _Combined(twin, slope), learnt)
+
+    def _network(
+        self, draw: Draw, state: _ControlVariate, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The network's value at the twin, and the slope of both values."""
+        soft, leaf = cast(Tensor, draw.soft), cast(Tensor, draw.leaf)
+        if state.net is None:
+            raise TypeError("RELAX makes a network")
+        events = cast(Tensor, draw.score).dim() - len(context.shape)
+        flat = soft.reshape(*soft.shape[: soft.dim() - events], -1)
+        extra = () if self.input is None else (self.input(*context.args, **context.kwargs),)
+        output = state.net(flat, *extra)
+        if output.shape == (*flat.shape[:-1], 1):
+            output = output.squeeze(-1)
+        if output.shape != flat.shape[:-1]:
+            raise NonDiffError(
+                f"site '{context.site}': the control variate of RELAX returned shape "
+                f"{tuple(output.shape)} for values of shape {tuple(flat.shape)}. Return one "
+                "number for each, with or without a last dimension of size 1."
+            )
+        (slope,) = torch.autograd.grad((output[0] - output[1]).sum(), leaf, create_graph=True)
+        return output[1].reshape(context.shape), slope
+
+
+_WIDTH = 32  # of the network that RELAX makes
