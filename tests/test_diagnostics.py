@@ -88,7 +88,8 @@ def scripted(gradients: list[Tensor]) -> Any:
 
 
 def test_sample_moments_of_given_gradients() -> None:
-    gradients = 1e4 + torch.randn(7, 2, 3)  # a sum of squares would lose half of the digits
+    # a sum of squares would lose most of the digits
+    gradients = 1e6 + torch.randn(7, 2, 3, dtype=torch.float64)
     moments = scripted(list(gradients)).parameters["p"]
     torch.testing.assert_close(moments.mean, gradients.mean(0))
     torch.testing.assert_close(moments.variance, gradients.var(0))
