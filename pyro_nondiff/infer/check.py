@@ -18,32 +18,43 @@ from .record import Recorder, Site
 
 @contextmanager
 def preserved() -> Iterator[Callable[[], None]]:
-    """Notes random states, and the buffers of each module that runs in the block.
+    """Keeps random states, and the buffers of each module that runs in the block.
+
+    Modules work on copies of their buffers, since a graph may hold the originals; at the end
+    of the block the originals take over what has not been put back.
 
     Yields:
-        A function that puts them back.
+        A function that puts everything back to where the block began.
     """
     buffers: dict[nn.Module, dict[str, Tensor]] = {}
 
     def note(module: nn.Module, _: Any) -> None:
         if module not in buffers:
-            own = module.named_buffers(recurse=False)
-            buffers[module] = {name: buffer.clone() for name, buffer in own}
+            buffers[module] = dict(module.named_buffers(recurse=False))
+            for name, buffer in buffers[module].items():
+                module._buffers[name] = buffer.clone()
+
+    def put_back(keep: bool) -> None:
+        for module, originals in buffers.items():
+            for name, original in originals.items():
+                if keep:
+                    original.copy_(module.get_buffer(name))
+                module._buffers[name] = original
+        buffers.clear()
 
     generators = _random_states()
 
     def restore() -> None:
         _set_random_states(generators)
-        with torch.no_grad():
-            for module, noted in buffers.items():
-                for name, value in noted.items():
-                    module.get_buffer(name).copy_(value)
+        put_back(keep=False)
 
     handle = register_module_forward_pre_hook(note)
     try:
         yield restore
     finally:
         handle.remove()
+        with torch.no_grad():
+            put_back(keep=True)
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -166,7 +166,7 @@ class TraceEstimator_ELBO(ELBO):
         for name, surrogate in step.site_surrogates.items():
             leaf = leaves[name]
             if leaf is not None and leaf.requires_grad:
-                loss = -surrogate.mean()
+                loss = surrogate.mean()
                 found[name] = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
         return found
 
