@@ -22,4 +22,12 @@ Example:
     1.15
 """
 
+from . import diagnostics as diagnostics
+from . import distributions as distributions
+from . import errors as errors
+from . import estimators as estimators
+from . import infer as infer
+from . import noise as noise
+from . import testing as testing
+
 __version__ = "0.1.0"
