@@ -6,6 +6,8 @@ estimator                      laws                evaluations of the program
 :class:`REINFORCE`             any                 1
 :class:`RLOO`                  any                 ``num_samples``
 :class:`DisARM`                Bernoulli           1 + 1 a site
+:class:`REBAR`                 relaxable           1 + 2 relaxed a site
+:class:`RELAX`                 relaxable           1 + 2 relaxed a site, or 1
 :class:`Enumerate`             finite support      1 + the size of the support, a site
 :class:`Pathwise`              with ``rsample``    1
 :class:`Auto`                  any                 1 or 4
