@@ -160,7 +160,8 @@ def gradient_statistics(
         **kwargs: Keyword arguments of both.
 
     Returns:
-        Mean, variance and signal-to-noise ratio: for each parameter, for each site, in total.
+        The mean, the variance and the signal-to-noise ratio of each parameter, of each site, and
+        in total.
 
     Raises:
         NonDiffError: If ``num_samples`` is less than 2, the objective has no

@@ -6,9 +6,15 @@ from .elbo import TraceEstimator_ELBO as TraceEstimator_ELBO
 from .elbo import TraceREBAR_ELBO as TraceREBAR_ELBO
 from .elbo import TraceREINFORCE_ELBO as TraceREINFORCE_ELBO
 from .elbo import TraceRELAX_ELBO as TraceRELAX_ELBO
+from .objective import Step as Step
+from .plan import Branches as Branches
+from .plan import Plan as Plan
 
 __all__ = [
+    "Branches",
     "EstimatorELBOModule",
+    "Plan",
+    "Step",
     "TraceEstimator_ELBO",
     "TraceREBAR_ELBO",
     "TraceREINFORCE_ELBO",
