@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def num_hard(self) -> int:
-        """The number of hard rows: the base run and all hard branches."""
+        """How many rows are hard, the base run among them."""
         return 1 + sum(branch.hard for branch in self.branches)
 
     @property
