@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from pyro_nondiff import noise
 from pyro_nondiff.diagnostics import Moments, gradient_statistics
 from pyro_nondiff.errors import NonDiffError
-from pyro_nondiff.estimators import REINFORCE, RLOO, DisARM, MovingAverage, NeuralBaseline
+from pyro_nondiff.estimators import (
+    REBAR,
+    REINFORCE,
+    RELAX,
+    RLOO,
+    DisARM,
+    MovingAverage,
+    NeuralBaseline,
+)
 from pyro_nondiff.infer import TraceEstimator_ELBO
 from pyro_nondiff.testing import exact_moments
 
@@ -309,7 +317,9 @@ def everything(normed: Normed, elbo: TraceEstimator_ELBO) -> dict[str, Any]:
     return {name: None if value is None else value.clone() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("estimator", [REINFORCE(MovingAverage()), RLOO(2), DisARM()])
+@pytest.mark.parametrize(
+    "estimator", [REINFORCE(MovingAverage()), RLOO(2), DisARM(), REBAR(), RELAX()], ids=repr
+)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_leaves_everything_as_it_was(estimator: Any, steps: int) -> None:
     normed, x = Normed(), torch.randn(4, 2)
