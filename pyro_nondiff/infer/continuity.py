@@ -98,7 +98,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         steps = name in _STEPS or any(not x.requires_grad for x in outputs)
-        if steps and name not in _HARMLESS and not name.startswith("__get__"):
+        if steps and not _looks_only(name):
             self._refuse(name, site)
         for output in outputs:
             if output.requires_grad:
@@ -115,6 +115,12 @@ class _Watch(TorchFunctionMode):
             f"of {frame.name}(): {frame.line}. Its estimator needs a program that is continuous in "
             "the value. Use RLOO(), DisARM() or RELAX(relaxed_cost=False) for this site."
         )
+
+
+def _looks_only(name: str) -> bool:
+    """Whether an operation takes a tensor's shape, or asks something that changes nothing."""
+    shaped = name.endswith("_like") or name.startswith(("new_", "__get__"))
+    return shaped or name in _HARMLESS
 
 
 def _is_validation(frame: FrameSummary) -> bool:

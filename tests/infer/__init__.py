@@ -1,0 +1,1 @@
+"""The engine: worlds, costs, objectives."""
