@@ -1,0 +1,1 @@
+"""Certificates: the exact expectation of each estimator, in programs of each structure."""
