@@ -24,7 +24,6 @@ Example:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,6 @@ from torch import Tensor, nn
 from .errors import NonDiffError
 from .infer import TraceEstimator_ELBO
 from .infer.check import preserved
-from .infer.states import EstimatorStates
 
 __all__ = ["GradientStatistics", "Moments", "gradient_statistics"]
 
@@ -300,10 +298,7 @@ def _unlearnt(elbo: ELBO) -> Iterator[None]:
         yield
         return
     states = elbo.states
-    shared = {id(p): p for p in states.parameters()}
-    elbo.states = EstimatorStates()
-    for name, state in states.named_children():
-        elbo.states.add_module(name, deepcopy(state, dict(shared)))
+    elbo.states = states.scratch()
     try:
         yield
     finally:

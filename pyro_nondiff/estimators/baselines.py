@@ -79,13 +79,18 @@ class RunningMean(nn.Module):
     def forward(self) -> Tensor:
         return self.mean / self.weight.clamp(min=1e-12)  # 0 before the first observation
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (mean := state_dict.get(prefix + "mean")) is not None:
+            self.mean = torch.zeros_like(mean)  # it has the plates' shape if it is per element
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def fit_to(self, like: Tensor) -> "RunningMean":
         if self.mean.dtype != like.dtype or self.mean.device != like.device:
             self.to(like)
         return self
 
     def update(self, observation: Tensor) -> None:
-        self.mean.lerp_(observation, 1 - self.decay)
+        self.mean.lerp_(observation.detach(), 1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
 
 

@@ -220,7 +220,7 @@ def _linear(twin: Tensor, slope: Tensor, draw: Draw) -> Tensor:
 
 
 def _estimate(draw: Draw, cost: Tensor, control: _Combined, state: _ControlVariate) -> Estimate:
-    score = cast(Tensor, draw.score)
+    score, cost = cast(Tensor, draw.score), cost.detach()
     slope = control.slope.reshape(score.shape)  # the leaf may lack dimensions of size 1
     gradient = _behind(cost - control.twin, score) * score + slope
     return Estimate(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..distributions import noise_kind, relaxable
 from ..errors import NonDiffError
 from .check import Given, slice_value
-from .execute import Chunk, Pair, run_recorded, terms_of
+from .execute import Chunk, Pair, run_recorded
 from .plan import Plan
 from .record import Site
 
@@ -28,44 +28,65 @@ _STEPS = frozenset(_ROUND | _CONVERT | _IMPLICIT)
 _HARMLESS = frozenset(["isnan", "isinf", "isfinite", "requires_grad_", "dim", "size"])
 
 
-def check_continuity(pair: Pair, chunk: Chunk) -> None:
+def check_continuity(pair: Pair, chunks: Sequence[Chunk]) -> None:
     """Runs one soft world of each site that has some, and follows its soft values.
 
     Raises:
         NonDiffError: At the first operation that breaks the path from a soft value, with the
             site, the operation and the line.
     """
+    chunk = chunks[0]
     if any(term.value.is_meta for term in chunk.terms):
         return
-    for branch in chunk.plan.branches:
-        if branch.soft:
-            row = chunk.plan.rows_of(branch.site)[1].start
-            watch_world(pair, chunk, row)
+    for site, hard, soft in chunk.run.branches:
+        if soft and chunk.branches:
+            _watch_branch(pair, chunk, chunk.branches[site][hard])
+        elif soft and chunk.plan.num_rows > chunk.plan.num_hard:
+            _watch_row(pair, chunk, chunk.plan.rows_of(site)[1].start)
 
 
-def watch_world(pair: Pair, chunk: Chunk, row: int) -> None:
-    """Runs one soft world with its soft values marked."""
-    watch = _Watch()
-    values = {}
+def _watch_row(pair: Pair, chunk: Chunk, row: int) -> None:
+    """Watches one soft row of a vectorised run."""
+    rank = chunk.plan.nesting + 2
+    values, soft = {}, set()
     for site in chunk.sites:
         if site.latent:
             values[site.name] = slice_value(site, chunk.plan, row, 0)
-            if _is_soft(site, values[site.name], chunk.plan):
-                watch.mark(values[site.name].requires_grad_(), site.name)
+            rows = site.value.dim() == rank + site.law.event_dim and len(site.value) > 1
+            if _is_soft(site, values[site.name], rows):
+                soft.add(site.name)
+    _watch_world(pair, chunk, values, soft)
+
+
+def _watch_branch(pair: Pair, chunk: Chunk, branch: Chunk) -> None:
+    """Watches a soft world that ran alone."""
+    values, soft = {}, set()
+    for site in branch.sites:
+        if site.latent:
+            values[site.name] = site.value.detach().clone()
+            twin = chunk.run.guide.get(site.name)
+            moved = twin is None or not torch.equal(twin.value, site.value)
+            if _is_soft(site, site.value, moved):
+                soft.add(site.name)
+    _watch_world(pair, branch, values, soft)
+
+
+def _watch_world(pair: Pair, chunk: Chunk, values: dict[str, Tensor], soft: set[str]) -> None:
+    """Runs one soft world with its soft values marked."""
+    watch = _Watch()
+    for name in soft:
+        watch.mark(values[name].requires_grad_(), name)
     subsamples = dict(chunk.run.subsamples)
     plan = Plan(nesting=chunk.plan.nesting)
-    with torch.enable_grad():
-        with watch:
-            run = run_recorded(pair, Given(values, subsamples), subsamples, plan)
-        terms_of(run, plan, soft=True)
+    with torch.enable_grad(), watch:
+        run_recorded(pair, Given(values, subsamples), subsamples, plan)
 
 
-def _is_soft(site: Site, value: Tensor, plan: Plan) -> bool:
-    """Whether a value depends on a soft one: it is relaxed, or continuous and not shared."""
+def _is_soft(site: Site, value: Tensor, moved: bool) -> bool:
+    """Whether a value depends on a soft one: it is relaxed, or continuous and has moved."""
     if relaxable(site.law):
         return bool(((value != 0) & (value != 1)).any())
-    rows = site.value.dim() == plan.nesting + 2 + site.law.event_dim and len(site.value) > 1
-    return rows and noise_kind(site.law) == "normal"
+    return moved and noise_kind(site.law) == "normal"
 
 
 class _Watch(TorchFunctionMode):

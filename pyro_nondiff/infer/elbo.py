@@ -128,6 +128,7 @@ class TraceEstimator_ELBO(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a detached scalar tensor; gradients are added to the parameters."""
         step, surrogate = self._step(model, guide, args, kwargs)
+        self.states.register()
         if surrogate.requires_grad:
             surrogate.backward(retain_graph=self.retain_graph)
         _commit(step)
@@ -140,8 +141,7 @@ class TraceEstimator_ELBO(ELBO):
 
     def plan_of(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
         """The worlds that a step runs in."""
-        pair = self._pair(model, guide, args, kwargs)
-        return self._planner.run(pair, estimating=True)[0].plan
+        return self._planner.plan(self._pair(model, guide, args, kwargs))
 
     def site_gradients(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -183,7 +183,6 @@ class TraceEstimator_ELBO(ELBO):
         pair = self._pair(model, guide, args, kwargs)
         chunks = self._planner.run(pair, estimating=True)
         step = take_step(pair, chunks)
-        self.states.register()
         surrogate = step.surrogate.mean()
         if (own := own_gradients(step.own_losses, self.states)) is not None:
             surrogate = surrogate + own

@@ -92,6 +92,8 @@ def run_recorded(pair: Pair, guide: Recorder, subsamples: dict[str, Any], plan: 
     _run(pair.guide, guide, pair)
     model = ModelWorlds(guide.sites, subsamples, plan)
     _run(pair.model, model, pair)
+    if not guide.sites and not model.sites:
+        raise NonDiffError("guide and model have no sample site, so there is no loss.")
     _check_partners(guide.sites, model.sites)
     soft_sites = None
     if plan.num_rows > plan.num_hard:
@@ -209,29 +211,35 @@ def _check_shape(site: Site, value: Tensor, plan: Plan, rows: int) -> None:
         )
 
 
-def execute(pair: Pair, plan: Plan) -> list[Chunk]:
-    """All worlds of a step, as the plan has them."""
-    if plan.mode == "sequential":
-        return list(_sequential(pair, plan))
+def execute(pair: Pair, plan: Plan, estimating: bool) -> list[Chunk]:
+    """All worlds of a step, as the plan has them.
+
+    Base worlds that run alone take their branches with them, planned or not: a run is never
+    thrown away for what it has met, which would change the law of the others.
+    """
+    if plan.single or plan.mode == "sequential":
+        return list(_sequential(pair, plan, estimating))
     run = run_pair(pair, plan)
     return [Chunk(plan, run, terms_of(run, plan) if run.nesting <= plan.nesting else [])]
 
 
-def _sequential(pair: Pair, plan: Plan) -> Iterator[Chunk]:
-    """One run a world; how many worlds is found on the way."""
-    wanted, done = plan.base, 0
+def _sequential(pair: Pair, plan: Plan, estimating: bool) -> Iterator[Chunk]:
+    """One run a world."""
     subsamples: dict[str, Any] = {}
-    while done < wanted:
-        run = run_pair(pair, Plan(), subsamples=subsamples)
+    for _ in range(plan.base):
+        run = run_pair(pair, Plan(nesting=plan.nesting), subsamples=subsamples)
         subsamples = run.subsamples
-        single = Plan(nesting=max(plan.nesting, run.nesting))
-        branches = {
-            name: [_branch(pair, single, run, name, 1 + row) for row in range(hard + soft)]
-            for name, hard, soft in (run.branches if plan.branches else ())
-        }
-        yield Chunk(single, run, terms_of(run, single), branches)
-        wanted = max(wanted, run.base) if plan.branches or plan.base > 1 else wanted
-        done += 1
+        yield alone(pair, run, plan.nesting, estimating)
+
+
+def alone(pair: Pair, run: Run, nesting: int, estimating: bool) -> Chunk:
+    """A run of one world, with its branches run apart."""
+    plan = Plan(nesting=max(nesting, run.nesting))
+    branches = {
+        name: [_branch(pair, plan, run, name, 1 + row) for row in range(hard + soft)]
+        for name, hard, soft in (run.branches if estimating else ())
+    }
+    return Chunk(plan, run, terms_of(run, plan), branches)
 
 
 def _branch(pair: Pair, plan: Plan, base: Run, site: str, row: int) -> Chunk:

@@ -51,6 +51,22 @@ class Plan:
         """The number of rows of a vectorised run."""
         return self.num_hard + sum(branch.soft for branch in self.branches)
 
+    @property
+    def single(self) -> bool:
+        """Whether a run is one world."""
+        return self.base == self.num_rows == 1
+
+    def union(self, other: "Plan") -> "Plan":
+        """A plan with the worlds of both, in this one's mode."""
+        known = {branch.site for branch in self.branches}
+        new = tuple(branch for branch in other.branches if branch.site not in known)
+        return Plan(
+            max(self.base, other.base),
+            self.branches + new,
+            max(self.nesting, other.nesting),
+            self.mode,
+        )
+
     def rows_of(self, site: str) -> tuple[slice, slice]:
         """The hard and the soft rows that branch at a site."""
         hard, soft = 1, self.num_hard

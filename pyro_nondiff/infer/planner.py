@@ -1,5 +1,6 @@
 """Finds, on the first step of each signature, how a program is run in worlds."""
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import NonDiffError, NonDiffWarning
 from .check import check_worlds, preserved
 from .continuity import check_continuity
-from .execute import Chunk, Pair, execute, run_pair, terms_of
+from .execute import Chunk, Pair, alone, execute, run_pair
 from .plan import Mode, Plan
 
 Worlds = Literal["auto", "vectorized", "sequential"]
@@ -35,6 +36,7 @@ class Planner:
         self.nesting = 0 if max_plate_nesting == float("inf") else int(max_plate_nesting)
         self.modes = _MODES[worlds]
         self._plans: dict[Any, Plan] = {}
+        self._least: dict[Any, Plan] = {}
         self._warned: set[str] = set()
 
     def run(self, pair: Pair, estimating: bool) -> list[Chunk]:
@@ -48,12 +50,22 @@ class Planner:
         key = _signature(pair), estimating
         plan = self._plans.get(key)
         if plan is not None:
-            chunks = execute(pair, plan)
-            if self._fits(plan, chunks, estimating):
+            chunks = execute(pair, plan, estimating)
+            wanted = self._wanted(chunks, estimating)
+            if _fits(plan, wanted):
                 return chunks
-        plan, chunks = self._first(pair, estimating)
-        self._plans[key] = plan
+            self._least[key] = plan.union(wanted)
+            del self._plans[key]
+            if plan.single or plan.mode == "sequential":
+                return chunks
+        least = self._least.get(key, Plan())
+        self._plans[key], chunks = self._first(pair, estimating, least)
         return chunks
+
+    def plan(self, pair: Pair) -> Plan:
+        """The plan of a step with gradients."""
+        self.run(pair, estimating=True)
+        return self._plans[_signature(pair), True]
 
     def warn(self, text: str) -> None:
         """Says something once."""
@@ -61,30 +73,21 @@ class Planner:
             self._warned.add(text)
             warnings.warn(text, NonDiffWarning, stacklevel=2)
 
-    def _fits(self, plan: Plan, chunks: list[Chunk], estimating: bool) -> bool:
-        if plan.mode == "sequential":
-            return True
-        wanted = self._wanted(chunks, estimating)
-        return (
-            wanted.base <= plan.base
-            and wanted.nesting <= plan.nesting
-            and wanted.branches == plan.branches
-        )
-
     def _wanted(self, chunks: list[Chunk], estimating: bool) -> Plan:
-        run = chunks[0].run
-        nesting = max(self.nesting, run.nesting)
-        if not estimating:
-            return Plan(self.num_particles, (), nesting)
-        return Plan(max(self.num_particles, run.base), run.branches, nesting)
+        found = Plan(self.num_particles, nesting=self.nesting)
+        for chunk in chunks:
+            run = chunk.run
+            asked = Plan(run.base, run.branches) if estimating else Plan()
+            found = found.union(asked).union(Plan(nesting=run.nesting))
+        return found
 
-    def _first(self, pair: Pair, estimating: bool) -> tuple[Plan, list[Chunk]]:
+    def _first(self, pair: Pair, estimating: bool, least: Plan) -> tuple[Plan, list[Chunk]]:
         """The plan of a new signature: found by a run in one world, tried and checked."""
         with preserved() as restore:
             run = run_pair(pair, Plan(nesting=self.nesting))
-            plan = self._wanted([Chunk(Plan(), run, [])], estimating)
-            if plan.base == plan.num_rows == 1:
-                return plan, [Chunk(plan, run, terms_of(run, plan))]
+            plan = least.union(self._wanted([Chunk(Plan(), run, [])], estimating))
+            if plan.single:
+                return plan, [alone(pair, run, plan.nesting, estimating)]
             reasons: list[Exception] = []
             for mode in self.modes:
                 restore()
@@ -105,10 +108,9 @@ class Planner:
             ) from reasons[0]
 
     def _attempt(self, pair: Pair, plan: Plan, estimating: bool) -> list[Chunk]:
-        chunks = execute(pair, plan)
-        if plan.mode == "sequential":
-            return chunks
-        if not self._fits(plan, chunks, estimating):
+        """Runs by a plan, and checks on the same draws and on more that it may be run so."""
+        chunks = execute(pair, plan, estimating)
+        if plan.mode != "sequential" and not _fits(plan, self._wanted(chunks, estimating)):
             raise NonDiffError(
                 f"the sites that branch changed from {plan.branches} to "
                 f"{chunks[0].run.branches} between two runs of the guide. Vectorised branches "
@@ -116,13 +118,20 @@ class Planner:
                 "estimator without branches, such as RLOO()."
             )
         with preserved() as restore:
-            if plan.num_rows > plan.num_hard:
-                check_continuity(pair, chunks[0])
-            skipped = check_worlds(pair, chunks[0])
+            self._check(pair, plan, chunks, estimating)
             restore()
-        if skipped is not None:
-            self.warn(f"the world check was skipped: {skipped}.")
         return chunks
+
+    def _check(self, pair: Pair, plan: Plan, chunks: list[Chunk], estimating: bool) -> None:
+        check_continuity(pair, chunks)
+        if plan.mode == "sequential":
+            return
+        for draw in range(_draws(chunks[0])):
+            drawn = chunks if draw == 0 else execute(pair, plan, estimating)
+            skipped = check_worlds(pair, drawn[0])
+            if skipped is not None:
+                self.warn(f"the world check was skipped: {skipped}.")
+                return
 
     def _warn_sequential(self, reason: Exception) -> None:
         self.warn(
@@ -130,6 +139,21 @@ class Planner:
             "slower. Make it broadcast over dimensions at the left of its plates, or pass "
             f"worlds='sequential' to silence this. What failed: {reason}"
         )
+
+
+def _fits(plan: Plan, wanted: Plan) -> bool:
+    """Whether a run has the worlds that its sites asked for."""
+    enough = wanted.base <= plan.base and wanted.nesting <= plan.nesting
+    if plan.mode == "sequential":
+        return enough
+    return enough and wanted.branches == plan.branches
+
+
+def _draws(chunk: Chunk) -> int:
+    """How many draws the world check takes: where values are few, one may show no difference."""
+    values = sum(site.value.numel() for site in chunk.sites if site.latent)
+    worlds = chunk.plan.num_rows * chunk.plan.base
+    return min(16, math.ceil(32 * worlds / max(values, 1)))
 
 
 def _signature(pair: Pair) -> Any:

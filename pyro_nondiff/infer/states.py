@@ -1,5 +1,6 @@
 """What the estimators of an objective learn, kept by site name."""
 
+from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -52,6 +53,23 @@ class EstimatorStates(nn.Module):
         """
         for key, state in self._trained.items():
             pyro.module(f"estimator.{key}", state, update_module_params=True)
+
+    def scratch(self) -> "EstimatorStates":
+        """A copy to learn on: its buffers are its own, its parameters are shared."""
+        shared: dict[int, Any] = {id(p): p for p in self.parameters()}
+        copy = EstimatorStates()
+        for key, state in self.named_children():
+            copy.add_module(key, deepcopy(state, dict(shared)))
+        copy._recipes = dict(self._recipes)
+        copy._waiting = {key: dict(values) for key, values in self._waiting.items()}
+        return copy
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, values in self._waiting.items():
+            destination.update({f"{prefix}{key}.{name}": value for name, value in values.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -157,7 +157,7 @@ class GuideWorlds(Recorder):
             return self._fresh(law, ask)
         value = transport(law, noise)
         if self.branch is not None and self.branch.temperature is not None:
-            return self._soft_values(law, noise, value, self.branch.temperature)
+            return self._soft_values(law, noise, value, self.branch.temperature, None)
         rows = value.dim() - law.event_dim == self.plan.nesting + 2 and value.shape[0] > 1
         if not rows or not self._temperatures:
             return value if ask.pathwise else value.detach()
@@ -175,15 +175,16 @@ class GuideWorlds(Recorder):
         noise: Tensor,
         value: Tensor,
         temperature: Tensor,
-        rows: slice = slice(None),
+        rows: slice | None,
     ) -> Tensor:
         """The values of soft rows: continuous in the soft values before them if they can be."""
         if relaxable(law):
-            soft = relax(law, (wide_logits(law) + noise)[rows], temperature)
+            perturbed = wide_logits(law) + noise
+            soft = relax(law, perturbed if rows is None else perturbed[rows], temperature)
             return soft.to(value.dtype)
         if noise_kind(law) != "normal":
             self._drawn["breaks"] = True
-        return value[rows]
+        return value if rows is None else value[rows]
 
     def _fresh(self, law: Law, ask: Ask) -> Tensor:
         """A draw from a law that is no map of noise: afresh in each world."""
