@@ -89,12 +89,12 @@ REFUSES_ENUMERATION = {
 SIZES = {"bernoulli": 2, "one_hot": 3, "categorical": 3, "bits": 4}
 BASELINED = {"one_site", "chain", "nested_plates", "local_plate", "continuous_between"}
 """A baseline enters the estimate in one place: these structures have every shape of it."""
-MOST_OUTCOMES = {"bernoulli": 300, "one_hot": 200, "categorical": 200, "bits": 200}
+MOST_OUTCOMES = {"bernoulli": 250, "one_hot": 100, "categorical": 100, "bits": 70}
 LARGE = {
     "local_global_local-bernoulli-disarm",
     "late_global-bernoulli-rloo2",
     "chain-bernoulli-rloo3",
-    "reversed_layers-bernoulli-auto",
+    "early_terms-bernoulli-auto",
 }
 """Worth their two seconds each."""
 

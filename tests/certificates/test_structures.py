@@ -232,7 +232,7 @@ def possible_logits(guide: Callable[[], Any]) -> dict[str, list[float]]:
         trace = poutine.trace(poutine.condition(guide, data=values)).get_trace()
         sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
         for name, node in sites.items():
-            found.setdefault(name, set()).add(float(core(node["fn"]).logits))
+            found.setdefault(name, set()).add(core(node["fn"]).logits.item())
         free = [name for name in sites if name not in values]
         if free:
             queue += [{**values, free[0]: torch.tensor(value)} for value in (0.0, 1.0)]
