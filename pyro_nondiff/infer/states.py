@@ -49,7 +49,8 @@ class EstimatorStates(nn.Module):
     def register(self) -> None:
         """Shows all parameters to Pyro's param store, so that ``SVI`` trains them.
 
-        They are named ``estimator.<site>$$$<parameter>``.
+        In the store they are named ``estimator.<site>$$$<parameter>``; a function that gives the
+        optimiser its options by name sees ``estimator.<site>.<parameter>``.
         """
         for key, state in self._trained.items():
             pyro.module(f"estimator.{key}", state, update_module_params=True)

@@ -1,0 +1,1 @@
+"""Laws: scores, noise, and soft values."""
