@@ -188,6 +188,30 @@ def nested_plates(kind: Kind, mask: str = "none", index: tuple[int, ...] = (1,))
     return model, guide
 
 
+def masked_site(kind: Kind, mask: str = "poutine") -> Pair:
+    """A masked site that an observation without a mask depends on: it is drawn all the same."""
+    kept = torch.tensor([True, False])
+
+    def sample(score: Tensor) -> Tensor:
+        if mask == "law":
+            return pyro.sample("z", kind.law(score).mask(kept))
+        with poutine.mask(mask=kept):
+            return pyro.sample("z", kind.law(score))
+
+    def model() -> None:
+        p = parameter("p", 0.3)
+        with pyro.plate("data", 2):
+            z = kind.number(sample(p * torch.tensor([1.0, 0.4])))
+            pyro.sample("x", dist.Normal(1.5 * z - p, 1.3), obs=torch.tensor([0.8, -0.9]))
+
+    def guide() -> None:
+        a = parameter("a", -0.4)
+        with pyro.plate("data", 2):
+            sample(a * torch.tensor([1.0, -0.7]))
+
+    return model, guide
+
+
 def scaled(kind: Kind) -> Pair:
     """Scales of whole programs and of single sites, not the same in model and guide."""
 

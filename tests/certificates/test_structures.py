@@ -160,6 +160,13 @@ def test_masks_with_other_laws(mask: str, kind: str, estimator: Any) -> None:
     check_unbiased(elbo_of(estimator), programs.nested_plates(KINDS[kind], mask, (2,)))
 
 
+@pytest.mark.parametrize("mask", ["poutine", "law"])
+@pytest.mark.parametrize("estimator", [REINFORCE(), RLOO(), DisARM(), Enumerate()], ids=repr)
+def test_masked_site_with_an_observation(mask: str, estimator: Any) -> None:
+    """The mask takes the site's terms away; its score and its rows' weights stay."""
+    check_unbiased(elbo_of(estimator), programs.masked_site(BERNOULLI, mask))
+
+
 @pytest.mark.parametrize("mask", ["none", "poutine", "law"])
 @pytest.mark.parametrize("estimator", [REINFORCE(), DisARM(), Enumerate()], ids=repr)
 def test_larger_subsample(mask: str, estimator: Any) -> None:
