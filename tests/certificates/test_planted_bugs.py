@@ -25,6 +25,7 @@ from pyro_nondiff.estimators import (
     Estimate,
     MovingAverage,
     Reading,
+    baselines,
 )
 from pyro_nondiff.estimators import exact as exact_room
 from pyro_nondiff.infer import config_estimator, costs, elbo, execute, objective, worlds
@@ -225,6 +226,18 @@ def frame_kept_across_a_late_global(patch: Patch) -> None:
     costs_by(patch, costs._keep)
 
 
+@kills(unbiased(of(programs.late_global), REINFORCE()))
+def reach_of_the_sites_that_the_law_names(patch: Patch) -> None:
+    """The observation counts for the first site alone, though it has met one drawn later."""
+    right = execute.reaches
+
+    def reaches(guide: Sequence[Any], model: Sequence[Any]) -> dict[str, int]:
+        found = right(guide, model)
+        return {**found, "x": min(found["x"], 0)}
+
+    patch.setattr(execute, "reaches", reaches)
+
+
 # adds terms of mean zero, so the variance has to say it
 @kills(test_variance.test_plates_pay_for_themselves_alone)
 def no_frame_kept(patch: Patch) -> None:
@@ -342,6 +355,18 @@ def baseline_updated_before_it_is_read(patch: Patch) -> None:
 def start_of_the_average_not_corrected(patch: Patch) -> None:
     """The average starts at 0, and is drawn to it for long."""
     baseline_reads(patch, lambda state, f, reading: replace(reading, value=state.mean))
+
+
+@kills(AVERAGED)
+def state_that_trains_the_guide(patch: Patch) -> None:
+    """What is learnt moves the guide's parameters, which a certificate holds fixed."""
+    right = baselines.RunningMean.update
+
+    def update(self: Any, observation: Tensor) -> None:
+        right(self, observation)
+        pyro.param("a").data += 0.01
+
+    patch.setattr(baselines.RunningMean, "update", update)
 
 
 # --- branches ---------------------------------------------------------------------------------
@@ -466,6 +491,17 @@ def disarm_with_a_fresh_partner(patch: Patch) -> None:
         request = Request("partner", "logistic", tuple(given.shape), given.dtype, "cpu", law=law)
         pair = torch.stack([value, transport(law, noise.draw(request))])
         return replace(right(self, law, value, given, *rest), values=pair)
+
+    patch.setattr(DisARM, "draw", draw)
+
+
+@kills(unbiased(of(programs.one_site), DisARM()))
+def disarm_with_the_opposite_value(patch: Patch) -> None:
+    """The partner is the other value, in place of the value of the opposite noise."""
+    right = DisARM.draw
+
+    def draw(self: DisARM, law: Any, value: Tensor, *rest: Any) -> Any:
+        return replace(right(self, law, value, *rest), values=torch.stack([value, 1 - value]))
 
     patch.setattr(DisARM, "draw", draw)
 
