@@ -42,7 +42,8 @@ class Enumeration:
             return self._normal(request)
         logits = rows_of(core(request.law).logits.detach(), request.shape)
         if request.kind == "gumbel":
-            return self._gumbel(logits)
+            noise = self._gumbel(logits)
+            return noise if len(noise) > 1 else noise.reshape(request.shape)
         if request.role == "antithetic":
             logits = torch.cat([logits, -logits])
         elif request.role != "u":
