@@ -19,16 +19,17 @@ from tests.certificates import programs, soft_programs
 HEAD = """Certificate
 ===========
 
-The bias of each estimator through a whole ELBO, without randomness: the largest absolute difference,
-over all parameters of model and guide, between the exact expectation of the estimate and the exact
-gradient. Gradients are of order 0.1 to 10; float64 rounds sums of this length at about 1e-15. The
+The bias of each estimator through a whole ELBO, without randomness: the largest absolute
+difference, over all parameters of model and guide, between the exact expectation of the estimate and
+the exact gradient. Gradients are of order 0.1 to 10; float64 rounds sums of this length at about 1e-15. The
 programs are those of the test-suite. ``python -m docs.certificate`` writes this page anew.
 
 Hard worlds
 -----------
 
 All draws and all pieces of the noise are enumerated. The variance is summed over all parameters and
-stands relative to REINFORCE without a baseline; *runs* are rows of the program that a step evaluates.
+stands relative to REINFORCE without a baseline; *runs* are rows of the program that a step
+evaluates.
 
 .. list-table::
    :header-rows: 1

@@ -110,15 +110,12 @@ def outcomes_of(case: Case, kind: str, estimator: str) -> float:
 def applies(case: Case, kind: str, estimator: str) -> bool:
     """Whether an estimator serves a case, and there is something new to see."""
     structure = case.structure.__name__
-    categorical = kind in ("one_hot", "categorical")
     if estimator == "disarm":
-        return not categorical
+        return kind in ("bernoulli", "bits")
     if estimator == "enumerate":
         return structure not in REFUSES_ENUMERATION
     if estimator in ("moving_average", "neural", "sum"):
         return structure in BASELINED
-    if estimator != "reinforce" and categorical:
-        return case.units == 1 or structure in ("shared_logit", "sequential_plate")
     return True
 
 
