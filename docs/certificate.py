@@ -20,9 +20,10 @@ HEAD = """Certificate
 ===========
 
 The bias of each estimator through a whole ELBO, without randomness: the largest absolute
-difference, over all parameters of model and guide, between the exact expectation of the estimate and
-the exact gradient. Gradients are of order 0.1 to 10; float64 rounds sums of this length at about 1e-15. The
-programs are those of the test-suite. ``python -m docs.certificate`` writes this page anew.
+difference, over all parameters of model and guide, between the exact expectation of the estimate
+and the exact gradient. Gradients are of order 0.1 to 10; float64 rounds sums of this length at
+about 1e-15. The programs are those of the test-suite. ``python -m docs.certificate`` writes this
+page anew.
 
 Hard worlds
 -----------
