@@ -93,7 +93,6 @@ MOST_OUTCOMES = {"bernoulli": 250, "one_hot": 100, "categorical": 100, "bits": 7
 LARGE = {
     "local_global_local-bernoulli-disarm",
     "late_global-bernoulli-rloo2",
-    "chain-bernoulli-rloo3",
     "early_terms-bernoulli-auto",
 }
 """Worth their two seconds each."""

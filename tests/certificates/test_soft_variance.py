@@ -171,3 +171,21 @@ def test_monte_carlo_agrees(estimator: AbstractEstimator, pair: SoftPair) -> Non
     assert float(t.abs().max()) < 8  # with 19 degrees of freedom: 2e-7 for each number
     # power: a bias of a fifth of the gradient would show at 5 standard errors or more
     assert float(error.max()) < 0.04 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("estimator", [REBAR(), REBAR(second_order=True)], ids=repr)
+@pytest.mark.parametrize(
+    "pair", [programs.two_sites(), programs.normal_between()], ids=["", "normal"]
+)
+def test_worlds_run_apart_agree(pair: SoftPair, estimator: AbstractEstimator) -> None:
+    """With the same noise, soft worlds give the same estimate together and one by one."""
+    found = []
+    modes: tuple[Any, ...] = ("vectorized", "sequential")
+    for worlds in modes:
+        elbo = TraceEstimator_ELBO(estimator, worlds=worlds)
+        elbo.differentiable_loss(*pair)
+        with noise.source(fixed_noise):
+            loss = elbo.differentiable_loss(*pair)
+        found.append(torch.autograd.grad(loss, pyro.param("a").unconstrained())[0])
+    # the same operations on the same numbers, summed in another order
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10)
