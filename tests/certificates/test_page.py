@@ -1,0 +1,71 @@
+"""The page of the docs: what it says still holds, and no bias on it is more than rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyro_nondiff.testing import certify
+
+from . import programs
+from .checks import TOLERANCE, elbo_of
+from .test_bias import ESTIMATORS
+
+PAGE = Path(__file__).parents[2] / "docs" / "certificate.rst"
+NAMES = {
+    "REINFORCE": "reinforce",
+    "RLOO": "rloo2",
+    "DisARM": "disarm",
+    "Enumerate": "enumerate",
+}
+CHEAP = {
+    ("one site", "bernoulli"): programs.one_site,
+    ("one site", "one_hot"): programs.one_site,
+    ("one site", "categorical"): programs.one_site,
+    ("two layers, model reversed", "bernoulli"): programs.reversed_layers,
+}
+
+
+def tables() -> list[list[dict[str, str]]]:
+    """The list-tables of the page: a dictionary a row, by the header's cells."""
+    found: list[list[list[str]]] = []
+    for line in PAGE.read_text().splitlines():
+        if line.startswith(".. list-table::"):
+            found.append([])
+        elif line.startswith("   * - "):
+            found[-1].append([line.removeprefix("   * - ")])
+        elif line.startswith("     - "):
+            found[-1][-1].append(line.removeprefix("     - "))
+    return [[dict(zip(rows[0], row, strict=True)) for row in rows[1:]] for rows in found]
+
+
+ROWS = [row for row in tables()[0] if (row["program"], row["law"]) in CHEAP]
+
+
+def test_page_has_all_estimators_and_no_bias_of_hard_worlds() -> None:
+    hard, soft = tables()
+    assert {row["estimator"] for row in hard} == set(NAMES)
+    assert all(float(row["bias"]) <= TOLERANCE for row in hard)
+    # quadrature leaves an error of its own, 1e-7 in three dimensions
+    assert all(float(row["bias"]) <= 1e-7 for row in soft)
+
+
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row['program']}-{row['law']}-{row['estimator']}"
+)
+def test_row_still_holds(row: dict[str, str], param_store: Any) -> None:
+    """Runs as stated; variance to the digits that are printed; no bias."""
+    structure = CHEAP[row["program"], row["law"]]
+    pair = structure(programs.KINDS[row["law"]])
+    plain = certify(elbo_of(ESTIMATORS["reinforce"]()), *pair, nodes=2).total_variance
+    param_store.clear()
+    elbo = elbo_of(ESTIMATORS[NAMES[row["estimator"]]]())
+    certificate = certify(elbo, *pair, nodes=2)
+    plan = elbo.plan_of(*pair)
+    assert plan.base * plan.num_rows == int(row["runs"])
+    assert certificate.total_variance / plain == pytest.approx(float(row["variance"]), abs=0.005001)
+    assert certificate.bias <= TOLERANCE
+
+
+def test_cheap_rows_are_on_the_page() -> None:
+    assert len(ROWS) == 4 + 3 + 3 + 4
