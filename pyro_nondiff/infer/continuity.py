@@ -38,11 +38,11 @@ def check_continuity(pair: Pair, chunks: Sequence[Chunk]) -> None:
     chunk = chunks[0]
     if any(term.value.is_meta for term in chunk.terms):
         return
-    for site, hard, soft in chunk.run.branches:
-        if soft and chunk.branches:
-            _watch_branch(pair, chunk, chunk.branches[site][hard])
-        elif soft and chunk.plan.num_rows > chunk.plan.num_hard:
-            _watch_row(pair, chunk, chunk.plan.rows_of(site)[1].start)
+    for at in chunk.run.branches:
+        if at.soft and chunk.branches:
+            _watch_branch(pair, chunk, chunk.branches[at.site][at.hard])
+        elif at.soft and chunk.plan.num_rows > chunk.plan.num_hard:
+            _watch_row(pair, chunk, chunk.plan.rows_of(at.site)[1].start)
 
 
 def _watch_row(pair: Pair, chunk: Chunk, row: int) -> None:

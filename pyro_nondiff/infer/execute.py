@@ -52,8 +52,12 @@ class Run:
     @property
     def branches(self) -> tuple[Branches, ...]:
         """How many worlds each site asked to branch into."""
-        asks = [Branches(s.name, s.ask.hard, s.ask.soft) for s in self.guide.values()]
-        return tuple(ask for ask in asks if ask.hard + ask.soft)
+        asks = ((site.name, site.ask) for site in self.guide.values())
+        return tuple(
+            Branches(name, ask.hard, ask.soft, ask.base_mass, ask.hard_mass)
+            for name, ask in asks
+            if ask.hard + ask.soft
+        )
 
     @property
     def base(self) -> int:
@@ -67,11 +71,19 @@ class Chunk:
 
     A vectorised execution is one chunk whose run has all rows; a sequential one has a
     chunk for each base world and a run for each branch.
+
+    Arguments:
+        plan: The worlds of the run.
+        run: The run.
+        terms: Its terms.
+        planned: What was to branch, known before the run.
+        branches: The branches that ran apart, of each site that the run met.
     """
 
     plan: Plan
     run: Run
     terms: list[Term]
+    planned: tuple[Branches, ...] = ()
     branches: dict[str, list["Chunk"]] = field(default_factory=dict)
 
     @property
@@ -220,7 +232,8 @@ def execute(pair: Pair, plan: Plan, estimating: bool) -> list[Chunk]:
     if plan.single or plan.mode == "sequential":
         return list(_sequential(pair, plan, estimating))
     run = run_pair(pair, plan)
-    return [Chunk(plan, run, terms_of(run, plan) if run.nesting <= plan.nesting else [])]
+    terms = terms_of(run, plan) if run.nesting <= plan.nesting else []
+    return [Chunk(plan, run, terms, plan.branches)]
 
 
 def _sequential(pair: Pair, plan: Plan, estimating: bool) -> Iterator[Chunk]:
@@ -229,17 +242,17 @@ def _sequential(pair: Pair, plan: Plan, estimating: bool) -> Iterator[Chunk]:
     for _ in range(plan.base):
         run = run_pair(pair, Plan(nesting=plan.nesting), subsamples=subsamples)
         subsamples = run.subsamples
-        yield alone(pair, run, plan.nesting, estimating)
+        yield alone(pair, run, plan, estimating)
 
 
-def alone(pair: Pair, run: Run, nesting: int, estimating: bool) -> Chunk:
-    """A run of one world, with its branches run apart."""
-    plan = Plan(nesting=max(nesting, run.nesting))
+def alone(pair: Pair, run: Run, step: Plan, estimating: bool) -> Chunk:
+    """A run of one world of a step, with its branches run apart."""
+    plan = Plan(nesting=max(step.nesting, run.nesting))
     branches = {
-        name: [_branch(pair, plan, run, name, 1 + row) for row in range(hard + soft)]
-        for name, hard, soft in (run.branches if estimating else ())
+        at.site: [_branch(pair, plan, run, at.site, 1 + row) for row in range(at.hard + at.soft)]
+        for at in (run.branches if estimating else ())
     }
-    return Chunk(plan, run, terms_of(run, plan), branches)
+    return Chunk(plan, run, terms_of(run, plan), step.branches, branches)
 
 
 def _branch(pair: Pair, plan: Plan, base: Run, site: str, row: int) -> Chunk:

@@ -1,10 +1,7 @@
 """A step: from runs to the loss and to the surrogate whose gradient is the estimate."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +10,7 @@ from ..errors import NonDiffError
 from ..estimators import Context, Draw, Estimate
 from .costs import Cost, site_costs
 from .execute import Chunk, Pair
-from .plan import lift, lift_behind
+from .pathwise import base_draw, cat, pathwise, sum_but
 from .record import Site
 
 
@@ -59,7 +56,7 @@ def take_step(pair: Pair, chunks: Sequence[Chunk]) -> Step:
         pair: The programs and their arguments.
         chunks: All runs of the step.
     """
-    parts = [_pathwise(chunk) for chunk in chunks]
+    parts = [pathwise(chunk) for chunk in chunks]
     step = Step(-torch.cat([loss for loss, _ in parts]), -torch.cat([path for _, path in parts]))
     for rows in _estimated_sites(chunks, step):
         _estimate(pair, rows, step)
@@ -68,7 +65,7 @@ def take_step(pair: Pair, chunks: Sequence[Chunk]) -> Step:
 
 def evaluate(chunks: Sequence[Chunk]) -> Tensor:
     """The loss of each base world, ``(K,)``."""
-    return -torch.cat([_pathwise(chunk)[0] for chunk in chunks])
+    return -torch.cat([pathwise(chunk)[0] for chunk in chunks])
 
 
 def _estimate(pair: Pair, rows: _SiteRows, step: Step) -> None:
@@ -95,86 +92,13 @@ def _estimate(pair: Pair, rows: _SiteRows, step: Step) -> None:
 def _site_surrogate(site: Site, found: Estimate, rows: _SiteRows) -> Tensor:
     if found.weight is not None:
         scores = rows.scores[: found.weight.shape[0]]
-        return _sum_but(found.weight.detach() * scores, 1)
+        return sum_but(found.weight.detach() * scores, 1)
     if found.gradient is not None and rows.draw.logits is not None:
-        return _sum_but(found.gradient.detach() * rows.draw.logits, 0)
+        return sum_but(found.gradient.detach() * rows.draw.logits, 0)
     raise NonDiffError(
         f"site '{site.name}': {site.estimator!r} returned neither a weight for log_prob nor a "
         "gradient with the logits that it is for."
     )
-
-
-def _sum_but(x: Tensor, dim: int) -> Tensor:
-    dims = [d for d in range(x.dim()) if d != dim]
-    return x.sum(dims) if dims else x
-
-
-# --- the pathwise part: the objective itself, averaged over rows -----------------------
-
-
-def _pathwise(chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """The objective's value, and the part that is differentiated through the values."""
-    pieces = [(chunk, _vectorised_weights(chunk))]
-    if chunk.branches:
-        pieces = list(_sequential_weights(chunk))
-    path: list[Tensor] = []
-    score: list[Tensor] = []
-    for piece, weights in pieces:
-        for term in piece.terms:
-            value = -term.value if term.in_guide else term.value
-            scored = term.in_guide and term.site.latent and not term.site.ask.pathwise
-            total = _weighted(value.detach() if scored else value, weights)
-            (score if scored else path).append(total)
-    if not path:
-        path = [torch.zeros_like(score[0])]
-    surrogate = reduce(add, path).expand(chunk.plan.base)
-    return reduce(add, score, surrogate.detach()), surrogate
-
-
-def _weighted(value: Tensor, weights: Tensor | None) -> Tensor:
-    """A term summed over plates and rows, ``(K or 1,)``."""
-    if weights is not None and value.shape[0] == weights.shape[0]:
-        # where a term has no plate of a weight's, it does not depend on the site: take the mean
-        dims = [d for d in range(2, value.dim()) if value.shape[d] == 1 < weights.shape[d]]
-        value = value * (weights.mean(dims, keepdim=True) if dims else weights)
-    return _sum_but(value, 1)
-
-
-def _branching(chunk: Chunk) -> tuple[list[Site], float, float]:
-    """The sites that branch, the weight of the base row, and the sum of all weights."""
-    sites = [site for site in chunk.run.guide.values() if site.ask.hard]
-    base = min((site.ask.base_mass for site in sites), default=1.0)
-    return sites, base, base + sum(site.ask.hard_mass for site in sites)
-
-
-def _vectorised_weights(chunk: Chunk) -> Tensor | None:
-    """The weight of each row, ``(rows, K or 1, plates)``."""
-    if chunk.plan.num_hard == 1:
-        return None
-    sites, base, total = _branching(chunk)
-    like = chunk.terms[0].value
-    ones = like.new_ones((1,) * like.dim())
-    weights = [ones * (base / total), *(_hard_weights(site, chunk, ones) / total for site in sites)]
-    shape = torch.broadcast_shapes(*(weight.shape[1:] for weight in weights))
-    return torch.cat([weight.expand(-1, *shape) for weight in weights])
-
-
-def _hard_weights(site: Site, chunk: Chunk, ones: Tensor) -> Tensor:
-    draw = _base_draw(site, chunk.plan.nesting)
-    if draw.hard_weights is not None:
-        return draw.hard_weights
-    return (ones * (site.ask.hard_mass / site.ask.hard)).expand(site.ask.hard, *ones.shape[1:])
-
-
-def _sequential_weights(chunk: Chunk) -> Any:
-    sites, base, total = _branching(chunk)
-    like = chunk.terms[0].value
-    ones = like.new_ones((1,) * like.dim())
-    yield chunk, ones * (base / total)
-    for site in sites:
-        weights = _hard_weights(site, chunk, ones) / total
-        for row, branch in enumerate(chunk.branches[site.name][: site.ask.hard]):
-            yield branch, weights[row : row + 1]
 
 
 # --- the estimated part: a site with its costs in its own worlds -----------------------
@@ -223,11 +147,11 @@ def _site_rows(
             totals.append(_given(branch_cost.totals))
     return _SiteRows(
         site,
-        _base_draw(site, chunk.plan.nesting),
-        _cat(values, 0),
-        _cat(scores, 0),
+        base_draw(site, chunk.plan.nesting),
+        cat(values, 0),
+        cat(scores, 0),
         worlds,
-        _cat(totals, 0) if totals else None,
+        cat(totals, 0) if totals else None,
     )
 
 
@@ -255,36 +179,17 @@ def _given(x: Tensor | None) -> Tensor:
     return x
 
 
-def _base_draw(site: Site, nesting: int) -> Draw:
-    """A draw with all dimensions, at the base row; what costs depend on stays as it is."""
-    if site.draw is None:
-        raise TypeError("a latent site has a draw")
-    draw, rank = site.draw, nesting + 2
-    full = rank + site.law.event_dim
-    values = lift_behind(draw.values, full)[:, 0]
-    if draw.logits is None and draw.hard_weights is None:
-        return Draw(values)
-    hard = draw.hard_weights
-    return replace(
-        draw,
-        values=values,
-        logits=None if draw.logits is None else lift(draw.logits, full)[0],
-        score=None if draw.score is None else lift(draw.score, full)[0],
-        hard_weights=None if hard is None else lift_behind(hard, rank)[:, 0],
-    )
-
-
 def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
     draws = [r.draw for r in rows]
     return _SiteRows(
         rows[0].site,
         Draw(
-            _cat([d.values for d in draws], 1),
+            cat([d.values for d in draws], 1),
             _cat_given([d.logits for d in draws], 0),
             _cat_given([d.hard_weights for d in draws], 1),
         ),
-        _cat([r.costs for r in rows], 1),
-        _cat([r.scores for r in rows], 1),
+        cat([r.costs for r in rows], 1),
+        cat([r.scores for r in rows], 1),
         [world for r in rows for world in r.worlds],
         None,
     )
@@ -292,17 +197,7 @@ def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
 
 def _cat_given(tensors: list[Tensor | None], dim: int) -> Tensor | None:
     given = [tensor for tensor in tensors if tensor is not None]
-    return _cat(given, dim) if len(given) == len(tensors) else None
-
-
-def _cat(tensors: list[Tensor], dim: int) -> Tensor:
-    """Concatenates tensors whose other dimensions broadcast."""
-    if len(tensors) == 1:
-        return tensors[0]
-    shapes = [(*t.shape[:dim], 1, *t.shape[dim + 1 :]) for t in tensors]
-    shape = torch.broadcast_shapes(*shapes)
-    wide = [t.expand(shape[:dim] + t.shape[dim : dim + 1] + shape[dim + 1 :]) for t in tensors]
-    return torch.cat(wide, dim)
+    return cat(given, dim) if len(given) == len(tensors) else None
 
 
 def _check_shared(site: Site, cost: Cost, step: Step) -> None:

@@ -15,11 +15,13 @@ Mode = Literal["plain", "expanded", "sequential"]
 
 
 class Branches(NamedTuple):
-    """How many worlds branch at a site."""
+    """How many worlds branch at a site, and the masses of its rows, see ``Ask``."""
 
     site: str
     hard: int
     soft: int
+    base_mass: float = 1.0
+    hard_mass: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,14 @@ class Planner:
         if plan is not None:
             chunks = execute(pair, plan, estimating)
             wanted = self._wanted(chunks, estimating)
+            if plan.mode == "sequential":
+                self._plans[key] = plan.union(wanted)
+                return chunks
             if _fits(plan, wanted):
                 return chunks
             self._least[key] = plan.union(wanted)
             del self._plans[key]
-            if plan.single or plan.mode == "sequential":
+            if plan.single:
                 return chunks
         least = self._least.get(key, Plan())
         self._plans[key], chunks = self._first(pair, estimating, least)
@@ -64,8 +67,10 @@ class Planner:
 
     def plan(self, pair: Pair) -> Plan:
         """The plan of a step with gradients."""
-        self.run(pair, estimating=True)
-        return self._plans[_signature(pair), True]
+        key = _signature(pair), True
+        while key not in self._plans:  # a run that meets new sites drops the plan that it had
+            self.run(pair, estimating=True)
+        return self._plans[key]
 
     def warn(self, text: str) -> None:
         """Says something once."""
@@ -87,7 +92,7 @@ class Planner:
             run = run_pair(pair, Plan(nesting=self.nesting))
             plan = least.union(self._wanted([Chunk(Plan(), run, [])], estimating))
             if plan.single:
-                return plan, [alone(pair, run, plan.nesting, estimating)]
+                return plan, [alone(pair, run, plan, estimating)]
             reasons: list[Exception] = []
             for mode in self.modes:
                 restore()
@@ -142,10 +147,8 @@ class Planner:
 
 
 def _fits(plan: Plan, wanted: Plan) -> bool:
-    """Whether a run has the worlds that its sites asked for."""
+    """Whether a vectorised run has the worlds that its sites asked for."""
     enough = wanted.base <= plan.base and wanted.nesting <= plan.nesting
-    if plan.mode == "sequential":
-        return enough
     return enough and wanted.branches == plan.branches
 
 

@@ -23,9 +23,10 @@ class Certificate:
     """What an estimator's gradient is, compared with what it should be.
 
     Arguments:
-        exact: The exact gradient of each parameter.
+        exact: The exact gradient of each parameter of model and guide.
         mean: The exact expectation of the estimate.
-        variance: Its exact variance, elementwise.
+        variance: Its exact variance, elementwise. It is NaN where a one-hot or indexed site
+            differs between rows: rows then share their noise in another way than here.
         outcomes: How many outcomes were summed.
     """
 
@@ -87,6 +88,7 @@ def certify(
     """
     mean, variance, count = exact_moments(elbo, model, guide, *args, nodes=nodes, **kwargs)
     exact = exact_gradient(model, guide, *args, nodes=nodes, **kwargs)
+    exact = {name: exact[name] for name in mean}
     return Certificate(exact, mean, variance, count)
 
 
@@ -100,22 +102,39 @@ def exact_moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """The exact mean and variance of an objective's gradient estimate.
 
+    Where sites depend on values, the worlds of a step depend on what earlier steps met: the
+    moments are those of a step after all outcomes have been met.
+
     Returns:
-        Mean and variance of each parameter by name, and the number of outcomes.
+        Mean and variance of each parameter of model and guide by name, and the number of
+        outcomes. What estimators learn is left out.
     """
-    elbo.differentiable_loss(model, guide, *args, **kwargs)  # plans, parameters and states exist
+    plan = None
+    while plan != (plan := elbo.plan_of(model, guide, *args, **kwargs)):
+        moments = _moments(elbo, model, guide, args, kwargs, nodes)
+    return moments
+
+
+def _moments(
+    elbo: TraceEstimator_ELBO, model: Program, guide: Program, args: Any, kwargs: Any, nodes: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    elbo.differentiable_loss(model, guide, *args, **kwargs)  # parameters and states exist
     learnt = {name: value.clone() for name, value in elbo.states.state_dict().items()}
-    parameters = parameters_of(model, guide)
+    found = parameters_of(model, guide)
+    parameters = {name: p for name, p in found.items() if not name.startswith("estimator.")}
     mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
     square = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    count = 0
+    count, coupled = 0, True
     for walk in outcomes():
-        with noise.source(Enumeration(walk, nodes)):
+        source = Enumeration(walk, nodes)
+        with noise.source(source):
             loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
         elbo.states.load_state_dict(learnt)
         for name, gradient in gradients_of(loss, parameters).items():
             mean[name] += walk.probability * gradient
             square[name] += walk.probability * gradient**2
-        count += 1
+        count, coupled = count + 1, coupled and source.coupled
     variance = {name: square[name] - mean[name] ** 2 for name in mean}
+    if not coupled:
+        variance = {name: torch.full_like(value, torch.nan) for name, value in mean.items()}
     return mean, variance, count

@@ -31,17 +31,23 @@ class Enumeration:
     Arguments:
         walk: The path to follow.
         nodes: The number of quadrature nodes of one normal number.
+
+    Attributes:
+        coupled: Whether the rows of every site so far were coupled as they are when noise is
+            drawn, which a variance depends on.
     """
 
     def __init__(self, walk: Walk, nodes: int = 12) -> None:
         self.walk = walk
         self.nodes = nodes
+        self.coupled = True
 
     def __call__(self, request: Request) -> Tensor:
         if request.kind == "normal":
             return self._normal(request)
         logits = rows_of(core(request.law).logits.detach(), request.shape)
         if request.kind == "gumbel":
+            self.coupled &= bool((logits == logits[:1]).all())
             noise = self._gumbel(logits)
             return noise if len(noise) > 1 else noise.reshape(request.shape)
         if request.role == "antithetic":

@@ -329,6 +329,28 @@ def one_of_two_plates(kind: Kind) -> Pair:
     return model, guide
 
 
+def plates_that_share_a_dimension(kind: Kind) -> Pair:
+    """Two plates of different size, one after the other, at the same dimension."""
+
+    def model() -> None:
+        p = parameter("p", 0.3)
+        with pyro.plate("pair", 2, dim=-1):
+            z = kind.number(pyro.sample("z", kind.law(p)))
+            pyro.sample("x", dist.Normal(z, 1.3), obs=torch.tensor([0.8, -0.9]))
+        with pyro.plate("triple", 3, dim=-1):
+            w = kind.number(pyro.sample("w", kind.law(-p)))
+            pyro.sample("y", dist.Normal(w - p, 0.9), obs=torch.tensor([0.1, 1.4, -0.2]))
+
+    def guide() -> None:
+        a, b = parameter("a", -0.4), parameter("b", 0.6)
+        with pyro.plate("pair", 2, dim=-1):
+            pyro.sample("z", kind.law(a * torch.tensor([1.0, -0.7])))
+        with pyro.plate("triple", 3, dim=-1):
+            pyro.sample("w", kind.law(b * torch.tensor([1.0, 0.2, -0.5])))
+
+    return model, guide
+
+
 def sequential_plate(kind: Kind) -> Pair:
     """A plate that is a loop."""
 

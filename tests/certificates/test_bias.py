@@ -70,6 +70,7 @@ CASES = [
     Case(programs.local_global_local, 5),
     Case(programs.late_global, 5),
     Case(programs.one_of_two_plates, 4),
+    Case(programs.plates_that_share_a_dimension, 5),
     Case(programs.sequential_plate, 2),
     Case(programs.auxiliary, 2),
     Case(programs.guide_factor, 2),
@@ -82,6 +83,7 @@ REFUSES_ENUMERATION = {
     "local_global_local",
     "late_global",
     "one_of_two_plates",
+    "plates_that_share_a_dimension",
     "continuous_global",
 }
 """Structures in which plate elements share a cost."""

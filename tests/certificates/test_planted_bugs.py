@@ -28,12 +28,12 @@ from pyro_nondiff.estimators import (
     baselines,
 )
 from pyro_nondiff.estimators import exact as exact_room
-from pyro_nondiff.infer import config_estimator, costs, elbo, execute, objective, worlds
+from pyro_nondiff.infer import config_estimator, costs, elbo, execute, objective, pathwise, worlds
 from pyro_nondiff.noise import Request
 from pyro_nondiff.testing import certify
 
 from . import programs, test_identities, test_structures, test_variance, test_worlds_agree
-from .checks import TOLERANCE, bias, elbo_of
+from .checks import TOLERANCE, elbo_of
 from .programs import BERNOULLI, Pair
 
 pytestmark = pytest.mark.filterwarnings(
@@ -92,7 +92,7 @@ def unbiased(pair: Callable[[], Pair], estimator: Any, **options: Any) -> Callab
         objective_ = elbo_of(chosen, **options)
         for _ in range(2):
             objective_.differentiable_loss(model, guide)
-        size = bias(certify(objective_, model, guide, nodes=2))
+        size = certify(objective_, model, guide, nodes=2).bias
         if size > TOLERANCE:
             raise BiasError(size)
 
@@ -118,7 +118,7 @@ def cost_not_detached(patch: Patch) -> None:
 def surrogate_without_detach(site: Any, found: Estimate, rows: Any) -> Tensor:
     """A site's part of the surrogate, whose weight carries a gradient."""
     assert found.weight is not None
-    return objective._sum_but(found.weight * rows.scores[: found.weight.shape[0]], 1)
+    return objective.sum_but(found.weight * rows.scores[: found.weight.shape[0]], 1)
 
 
 # the score has mean zero, so what reaches the net has none: the net's own gradient is looked at
@@ -413,26 +413,28 @@ def noise_drawn_for_each_run(patch: Patch) -> None:
 @kills(unbiased(of(programs.one_site), DisARM()))
 def row_weights_not_normalised(patch: Patch) -> None:
     """Each row enters the model's gradient whole."""
-    right = objective._vectorised_weights
+    right = pathwise._row_weights
+    patch.setattr(pathwise, "_row_weights", lambda c, *args: right(c, *args) * c.plan.num_rows)
 
-    def weights(chunk: Any) -> Tensor | None:
-        found = right(chunk)
-        return None if found is None else found * chunk.plan.num_rows
 
-    patch.setattr(objective, "_vectorised_weights", weights)
+@kills(lambda: test_structures.test_branches_that_run_one_by_one("control-disarm-both"))
+def row_weights_by_what_was_met(patch: Patch) -> None:
+    """The rows of a run share its weight by the sites that this run has met."""
+    right = pathwise._shares
+    patch.setattr(
+        pathwise, "_shares", lambda chunk: right(replace(chunk, planned=chunk.run.branches))
+    )
 
 
 def weighted_by(patch: Patch, factors: list[float]) -> None:
     """Multiplies the weights of two rows in the model's gradient."""
-    right = objective._vectorised_weights
+    right = pathwise._row_weights
 
-    def weights(chunk: Any) -> Tensor | None:
-        found = right(chunk)
-        if found is None:
-            return None
+    def weights(*args: Any) -> Tensor:
+        found = right(*args)
         return found * torch.tensor(factors).reshape(-1, *[1] * (found.dim() - 1))
 
-    patch.setattr(objective, "_vectorised_weights", weights)
+    patch.setattr(pathwise, "_row_weights", weights)
 
 
 # both rows have the same law, so one alone is unbiased: the identity sees it ...
@@ -578,9 +580,9 @@ def enumerate_across_a_plate(patch: Patch) -> None:
 
 def pathwise_terms(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
     """Changes the guide's terms of pathwise sites, where they are differentiated."""
-    right = objective._pathwise
+    right = pathwise.pathwise
 
-    def pathwise(chunk: Any) -> Any:
+    def changed(chunk: Any) -> Any:
         terms = [
             replace(t, value=change(t.value))
             if t.in_guide and t.site.latent and t.site.ask.pathwise
@@ -589,7 +591,7 @@ def pathwise_terms(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
         ]
         return right(replace(chunk, terms=terms))
 
-    patch.setattr(objective, "_pathwise", pathwise)
+    patch.setattr(objective, "pathwise", changed)
 
 
 @kills(unbiased(of(programs.continuous_after), REINFORCE()))

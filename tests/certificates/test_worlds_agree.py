@@ -92,6 +92,7 @@ STRUCTURES = {
     programs.local_global_local: {"enumerate"},
     programs.late_global: {"enumerate"},
     programs.one_of_two_plates: {"enumerate"},
+    programs.plates_that_share_a_dimension: {"enumerate"},
     programs.sequential_plate: {},
     programs.auxiliary: {},
     programs.continuous_between: {},

@@ -1,5 +1,6 @@
 """A certificate's figures, and that it rejects an estimator with a known bias."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_nondiff.estimators import REINFORCE, AbstractEstimator, Ask, DisARM, Draw, Estimate
+from pyro_nondiff.estimators import (
+    REINFORCE,
+    AbstractEstimator,
+    Ask,
+    DisARM,
+    Draw,
+    Enumerate,
+    Estimate,
+    NeuralBaseline,
+)
 from pyro_nondiff.infer import TraceEstimator_ELBO, planner
 from pyro_nondiff.testing import certify, exact_moments
 
@@ -106,3 +116,22 @@ def test_arguments_reach_the_programs() -> None:
     assert first.bias < TOLERANCE
     assert second.bias < TOLERANCE
     assert abs(float(first.exact["a"] - second.exact["a"])) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "categorical"])
+def test_variance_is_not_claimed_where_rows_are_coupled_otherwise(kind: str) -> None:
+    """The mean needs no coupling; the variance of a categorical site behind a branch does."""
+    structure = programs.reversed_layers(programs.KINDS[kind])
+    certificate = certify(TraceEstimator_ELBO(Enumerate(), worlds="vectorized"), *structure)
+    assert certificate.bias < TOLERANCE
+    assert math.isnan(certificate.total_variance)
+    one = certify(TraceEstimator_ELBO(Enumerate()), *programs.one_site(programs.KINDS[kind]))
+    assert one.total_variance < TOLERANCE
+
+
+def test_what_estimators_learn_is_not_judged() -> None:
+    """The gradient that trains a baseline is no part of the ELBO's."""
+    estimator = REINFORCE(NeuralBaseline(torch.nn.Linear(1, 1), input=lambda: torch.ones(1)))
+    certificate = certify(TraceEstimator_ELBO(estimator), *programs.one_site(BERNOULLI))
+    assert not [name for name in certificate.mean if name.startswith("estimator.")]
+    assert certificate.bias < TOLERANCE
