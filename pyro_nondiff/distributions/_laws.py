@@ -1,5 +1,6 @@
 """What every other room asks of a law: its core, its score, and its logits."""
 
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any, TypeAlias, cast
 
@@ -10,6 +11,8 @@ from pyro.distributions.util import broadcast_shape, scale_and_mask
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, OneHotCategorical
 from torch.nn.functional import softplus
+
+from ._maps import NoiseMap
 
 Law: TypeAlias = Any
 """A Pyro distribution. Pyro's own laws, and wrappers of them, have no type in common."""
@@ -27,6 +30,22 @@ def logits(law: Law) -> Tensor | None:
     return getattr(core(law), "logits", None)
 
 
+def rewrap(law: Law, change: Callable[[Law], Law]) -> Law:
+    """A law with another core, under the same ``to_event``, ``expand`` and ``mask`` wrappers.
+
+    Arguments:
+        law: A law.
+        change: A function from its core to the new one, of the same batch shape.
+    """
+    if isinstance(law, Independent):
+        return rewrap(law.base_dist, change).to_event(law.reinterpreted_batch_ndims)
+    if isinstance(law, MaskedDistribution):
+        return rewrap(law.base_dist, change).mask(law._mask)
+    if isinstance(law, ExpandedDistribution):
+        return rewrap(law.base_dist, change).expand(law.batch_shape)
+    return change(law)
+
+
 def describe(law: Law) -> str:
     """A law's name as a user wrote it."""
     return type(core(law)).__name__
@@ -35,12 +54,16 @@ def describe(law: Law) -> str:
 def dtype_and_device(law: Law) -> tuple[torch.dtype, torch.device]:
     """Where a law lives, read off the first of its parameters."""
     base: Any = core(law)
+    if isinstance(base, NoiseMap):
+        return base.like.dtype, base.like.device
     while hasattr(base, "base_dist"):
         base = core(base.base_dist)
     for name in base.arg_constraints:
         parameter = base.__dict__.get(name)
         if isinstance(parameter, Tensor):
             return parameter.dtype, parameter.device
+    if isinstance(base, OneHotCategorical):
+        return base._param.dtype, base._param.device
     return torch.get_default_dtype(), torch.get_default_device()
 
 
@@ -57,10 +80,10 @@ def _(law: OneHotCategorical, value: Tensor) -> Tensor:
     # that is linear in the value and equal at the corners.
     if law._validate_args:
         law._validate_sample(value)
-    return _soft_score(law, value)
+    return extended_score(law, value)
 
 
-def _soft_score(law: Law, value: Tensor) -> Tensor:
+def extended_score(law: Law, value: Tensor) -> Tensor:
     """The extension of a discrete law's score that is linear in each factor of the value."""
     if isinstance(law, Bernoulli):
         return value * law.logits - softplus(law.logits)
@@ -89,7 +112,7 @@ def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tenso
         batch = value.shape[: value.dim() - law.event_dim]
         shape = broadcast_shape(law.batch_shape, batch)
         return _each(log_prob(law.base_dist, value, soft), lambda x: x.expand(shape))
-    score = _soft_score(law, value) if soft else _core_score(law, value)
+    score = extended_score(law, value) if soft else _core_score(law, value)
     return score, score
 
 

@@ -26,12 +26,15 @@ from torch.distributions import Bernoulli, OneHotCategorical
 from torch.nn.functional import logsigmoid, softplus
 
 from ._laws import Law, core, logits
+from ._maps import NoiseMap
 
 
 def relaxable(law: Law) -> bool:
     """Whether a law has soft values."""
     base = core(law)
-    return isinstance(base, Bernoulli | OneHotCategorical) and not base.has_rsample
+    if not isinstance(base, Bernoulli | OneHotCategorical):
+        return False
+    return isinstance(base, NoiseMap) or not base.has_rsample
 
 
 def wide_logits(law: Law) -> Tensor:
@@ -42,7 +45,7 @@ def wide_logits(law: Law) -> Tensor:
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
-def relax(law: Law, perturbed: Tensor, temperature: Tensor) -> Tensor:
+def relax(law: Law, perturbed: Tensor, temperature: float | Tensor) -> Tensor:
     """The soft value of perturbed logits, in (0, 1) and, for one-hot, of sum 1."""
     if isinstance(core(law), Bernoulli):
         return (perturbed / temperature).sigmoid()

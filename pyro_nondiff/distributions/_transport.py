@@ -8,6 +8,7 @@ OneHotCategorical              gumbel        one-hot argmax of ``logits + noise`
 Categorical                    gumbel        argmax of ``logits + noise``
 Normal, MultivariateNormal     normal        ``loc + scale @ noise``
 TransformedDistribution        of its base   the transforms of its base's value
+laws of this library           their own     ``from_noise``
 =============================  ============  =================================
 """
 
@@ -25,6 +26,7 @@ from torch.distributions import (
 )
 
 from ._laws import Law, core
+from ._maps import NoiseMap
 
 
 @singledispatch
@@ -38,6 +40,7 @@ _kind.register(OneHotCategorical, lambda law: None if law.has_rsample else "gumb
 _kind.register(Normal, lambda law: "normal")
 _kind.register(MultivariateNormal, lambda law: "normal")
 _kind.register(TransformedDistribution, lambda law: noise_kind(law.base_dist))
+_kind.register(NoiseMap, lambda law: law.noise_kind)
 
 
 @singledispatch
@@ -82,12 +85,23 @@ def _(law: TransformedDistribution, noise: Tensor) -> Tensor:
     return value
 
 
+@_value.register
+def _(law: NoiseMap, noise: Tensor) -> Tensor:
+    return law.from_noise(noise)
+
+
 def noise_kind(law: Law) -> str | None:
     """The kind of noise that a law is a map of, or None if it is none."""
     base = core(law)
     if isinstance(base, TransformedDistribution) and _shape(base) != _shape(law):
         return None  # expanded outside its transforms: its noise has not the law's shape
     return _kind(base)
+
+
+def continuous(law: Law) -> bool:
+    """Whether a law's map of noise is continuous in the law's parameters."""
+    kind = noise_kind(law)
+    return kind is not None and (kind == "normal" or not core(law).support.is_discrete)
 
 
 def noise_shape(law: Law) -> torch.Size:

@@ -10,6 +10,7 @@ estimator                      laws                evaluations of the program
 :class:`RELAX`                 relaxable           1 + 2 relaxed a site, or 1
 :class:`Enumerate`             finite support      1 + the size of the support, a site
 :class:`Pathwise`              with ``rsample``    1
+:class:`StraightThrough`        relaxable           1
 :class:`Auto`                  any                 1 or 4
 =============================  ==================  ==========================================
 """
@@ -31,6 +32,7 @@ from .pathwise import Auto as Auto
 from .pathwise import Pathwise as Pathwise
 from .score import REINFORCE as REINFORCE
 from .score import RLOO as RLOO
+from .straight_through import StraightThrough as StraightThrough
 
 __all__ = [
     "REBAR",
@@ -50,4 +52,5 @@ __all__ = [
     "NeuralBaseline",
     "Pathwise",
     "Reading",
+    "StraightThrough",
 ]

@@ -150,6 +150,10 @@ class AbstractEstimator(ABC):
     def ask(self, law: Law) -> Ask:
         """What the estimator needs of the engine to serve a law."""
 
+    def drawn_from(self, law: Law) -> Law:
+        """The law that draws the base value: the site's own, or its twin with a gradient."""
+        return law
+
     def make_state(self, law: Law) -> nn.Module | None:
         """What a site learns, made on its first step; None if it learns nothing."""
         return None

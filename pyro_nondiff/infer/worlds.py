@@ -12,6 +12,7 @@ from .. import noise as noise_source
 from ..distributions import (
     Law,
     base_row,
+    continuous,
     dtype_and_device,
     logits,
     noise_kind,
@@ -107,6 +108,7 @@ class GuideWorlds(Recorder):
     def _draw(self, name: str, law: Law) -> Tensor:
         """Draws a site: its noise, its value in all rows, and what its estimator adds."""
         ask: Ask = self._drawn["ask"]
+        law = self._drawn["estimator"].drawn_from(law)
         noise = self._noise(name, law, ask.role)
         value = self._values(law, noise, ask)
         rank = self.plan.nesting + 2
@@ -182,7 +184,7 @@ class GuideWorlds(Recorder):
             perturbed = wide_logits(law) + noise
             soft = relax(law, perturbed if rows is None else perturbed[rows], temperature)
             return soft.to(value.dtype)
-        if noise_kind(law) != "normal":
+        if not continuous(law):
             self._drawn["breaks"] = True
         return value if rows is None else value[rows]
 
