@@ -3,14 +3,14 @@
 import math
 from typing import Any, ClassVar, Self
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from ..errors import NonDiffError
-from ._maps import NoiseMap, check_logits, wide
+from ._discrete import bernoulli
+from ._maps import NoiseMap, wide
 from .temperature import Temperature, check_temperature, current, log_of
 
 __all__ = ["HardConcrete"]
@@ -67,13 +67,13 @@ class HardConcrete(NoiseMap, TorchDistribution):
                 f"HardConcrete: stretch must reach below 0 and above 1, found {stretch}. "
                 "Otherwise 0 and 1 have no probability: use RelaxedBernoulli."
             )
-        discrete = dist.Bernoulli(logits=logits, validate_args=validate_args)
+        discrete = bernoulli("HardConcrete", None, logits, validate_args)
         self.logits: Tensor = discrete.logits
         self.temperature = temperature
         self.stretch = stretch
         super().__init__(discrete.batch_shape, validate_args=validate_args)
-        check_temperature("HardConcrete", temperature, bool(self._validate_args))
-        check_logits(discrete)
+        validate, shape = bool(self._validate_args), discrete.batch_shape
+        check_temperature("HardConcrete", temperature, validate, shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same law with a larger batch shape."""

@@ -9,7 +9,6 @@ float64, or a straight-through law.
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
@@ -18,8 +17,9 @@ from torch.nn.functional import softplus
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import NonDiffError
+from ._discrete import bernoulli, one_hot
 from ._laws import Law, describe, extended_score, rewrap
-from ._maps import NoiseMap, check_logits, straight_through, wide
+from ._maps import NoiseMap, straight_through, wide
 from ._relax import relax
 from .temperature import Temperature, check_temperature, current, log_of
 
@@ -53,8 +53,8 @@ class _Relaxed(NoiseMap, TorchDistribution):
         self.straight_through = straight_through
         self.relaxed_density = not straight_through or bool(relaxed_density)
         super().__init__(discrete.batch_shape, discrete.event_shape, validate_args=validate_args)
-        check_temperature(type(self).__name__, temperature, bool(self._validate_args))
-        check_logits(discrete)
+        validate, shape = bool(self._validate_args), discrete.batch_shape
+        check_temperature(type(self).__name__, temperature, validate, shape)
 
     @property
     def logits(self) -> Tensor:
@@ -158,8 +158,9 @@ class RelaxedBernoulli(_Relaxed):
         validate_args: As in Pyro.
 
     Raises:
-        NonDiffError: For a temperature that is not positive or infinite logits; in ``log_prob``,
-            for a hard value whose relaxed one is not known.
+        NonDiffError: For a temperature that is not positive, logits that are not finite, or
+            probabilities that are none; in ``log_prob``, for a hard value whose relaxed one is not
+            known.
 
     Example:
         >>> from pyro_nondiff.distributions import RelaxedBernoulli
@@ -185,7 +186,7 @@ class RelaxedBernoulli(_Relaxed):
         relaxed_density: bool | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        discrete = dist.Bernoulli(probs, logits, validate_args=validate_args)
+        discrete = bernoulli(type(self).__name__, probs, logits, validate_args)
         super().__init__(discrete, temperature, straight_through, relaxed_density, validate_args)
 
     @property
@@ -242,7 +243,7 @@ class RelaxedOneHotCategorical(_Relaxed):
         relaxed_density: bool | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        discrete = dist.OneHotCategorical(probs, logits, validate_args=validate_args)
+        discrete = one_hot(type(self).__name__, probs, logits, validate_args)
         super().__init__(discrete, temperature, straight_through, relaxed_density, validate_args)
 
     @property

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonDiffError, NonDiffWarning
+from ._discrete import make_bernoulli, make_one_hot
 from ._laws import extended_score
-from ._maps import NoiseMap, check_logits, has_logits, straight_through
+from ._maps import NoiseMap, has_logits, straight_through
 from ._surrogates import NUM_CONDITIONAL, SURROGATES, surrogate
 from .temperature import Temperature, check_temperature, current
 
@@ -46,8 +47,7 @@ class _StraightThrough(NoiseMap):
     def _configure(self, temperature: Temperature, gradient: str, num_conditional: int) -> None:
         name, law = type(self).__name__, _any(self)
         check_gradient(name, gradient, num_conditional)
-        check_temperature(name, temperature, bool(law._validate_args))
-        check_logits(law)
+        check_temperature(name, temperature, bool(law._validate_args), law.batch_shape)
         _warn_of_corners(law)
         self.temperature = temperature
         self.gradient = gradient
@@ -115,7 +115,8 @@ class StraightThroughBernoulli(_StraightThrough, dist.Bernoulli):  # type: ignor
         validate_args: As in Pyro.
 
     Raises:
-        NonDiffError: For a temperature that is not positive, infinite logits, or another gradient.
+        NonDiffError: For a temperature that is not positive, logits that are not finite,
+            probabilities that are none, or another gradient.
 
     Example:
         >>> from pyro_nondiff.distributions import StraightThroughBernoulli
@@ -152,7 +153,7 @@ class StraightThroughBernoulli(_StraightThrough, dist.Bernoulli):  # type: ignor
         num_conditional: int = NUM_CONDITIONAL,
         validate_args: bool | None = None,
     ) -> None:
-        dist.Bernoulli.__init__(self, probs, logits, validate_args=validate_args)
+        make_bernoulli(type(self).__name__, self, probs, logits, validate_args)
         self._configure(temperature, gradient, num_conditional)
 
     def _hard(self, noise: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class StraightThroughOneHotCategorical(_StraightThrough, dist.OneHotCategorical)
 
     Raises:
         NonDiffError: For a temperature that is not positive, logits that are NaN or plus infinity,
-            or another gradient.
+            probabilities that are none, or another gradient.
 
     Example:
         >>> from pyro_nondiff.distributions import StraightThroughOneHotCategorical
@@ -213,7 +214,7 @@ class StraightThroughOneHotCategorical(_StraightThrough, dist.OneHotCategorical)
         num_conditional: int = NUM_CONDITIONAL,
         validate_args: bool | None = None,
     ) -> None:
-        dist.OneHotCategorical.__init__(self, probs, logits, validate_args=validate_args)
+        make_one_hot(type(self).__name__, self, probs, logits, validate_args)
         self._configure(temperature, gradient, num_conditional)
 
     def _hard(self, noise: Tensor) -> Tensor:

@@ -105,13 +105,19 @@ Temperature: TypeAlias = float | Tensor | AbstractSchedule
 """A positive number, a tensor that broadcasts with the batch shape, or a schedule."""
 
 
-def check_temperature(owner: str, temperature: Temperature, validate: bool) -> None:
-    """Refuses a temperature that is not positive.
+def check_temperature(
+    owner: str,
+    temperature: Temperature,
+    validate: bool,
+    batch_shape: tuple[int, ...] | None = None,
+) -> None:
+    """Refuses a temperature that is not positive, or has dimensions that its law has not.
 
     Arguments:
         owner: Who has the temperature, for the message.
         temperature: What was given.
         validate: Whether to look into a tensor, which waits for its device.
+        batch_shape: Of the law that the temperature is for, if there is one already.
 
     Raises:
         NonDiffError: With what was found.
@@ -127,6 +133,17 @@ def check_temperature(owner: str, temperature: Temperature, validate: bool) -> N
         raise NonDiffError(
             f"{owner}: temperature must be positive and finite, found {temperature}. A learnt one "
             "needs pyro.param(..., constraint=constraints.positive)."
+        )
+    if isinstance(temperature, Tensor) and batch_shape is not None:
+        _check_shape(owner, tuple(temperature.shape), tuple(batch_shape))
+
+
+def _check_shape(owner: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    if len(shape) > len(batch) or any(ours not in (1, theirs) for ours, theirs in pairs):
+        raise NonDiffError(
+            f"{owner}: temperature has shape {shape}, which does not broadcast to the law's batch "
+            f"shape {batch}."
         )
 
 
