@@ -3,13 +3,16 @@ r"""The only place that draws a random number.
 A law is a map from noise to values. The noise is drawn here, once a site, and its
 source can be replaced: a certificate enumerates it, a test injects it.
 
-=============  =============================  ==========================
-kind           law of one number              serves
-=============  =============================  ==========================
-``logistic``   :math:`\log u - \log(1 - u)`   Bernoulli
-``gumbel``     :math:`-\log(-\log u)`         Categorical, OneHotCategorical
-``normal``     standard normal                Normal and its transforms
-=============  =============================  ==========================
+===============  =============================  ======================================
+kind             law of one number              serves
+===============  =============================  ======================================
+``logistic``     :math:`\log u - \log(1 - u)`   Bernoulli
+``gumbel``       :math:`-\log(-\log u)`         Categorical, OneHotCategorical
+``normal``       standard normal                Normal and its transforms
+``exponential``  :math:`-\log u`                Exponential
+``gamma``        standard Gamma                 Gamma of a fixed concentration
+``rayleigh``     :math:`\sqrt{-2 \log u}`       measure-valued gradients
+===============  =============================  ======================================
 
 Noise is at least float32 whatever the dtype of the law, always finite, and the
 logistic one is symmetric to the last bit, so that ``-noise`` is noise too.
@@ -42,13 +45,14 @@ class Request:
 
     Arguments:
         site: The name of the site.
-        kind: ``"logistic"``, ``"gumbel"`` or ``"normal"``.
+        kind: One of the kinds above.
         shape: The shape of the noise.
         dtype: The dtype of the law; the noise has it, or float32 if that is wider.
         device: The device of the noise.
         role: ``"u"`` for noise that a value is made of; ``"antithetic"`` if its
             negative is used beside it.
         law: The law that the noise is for.
+        concentration: Of ``"gamma"`` noise, broadcasting with ``shape``.
     """
 
     site: str
@@ -58,6 +62,7 @@ class Request:
     device: torch.device | str
     role: str = "u"
     law: Any = None
+    concentration: Tensor | None = None
 
 
 Source = Callable[[Request], Tensor]
@@ -65,16 +70,34 @@ Source = Callable[[Request], Tensor]
 
 def _random(request: Request) -> Tensor:
     dtype = torch.promote_types(request.dtype, torch.float32)
-    if request.kind == "normal":
-        return torch.randn(request.shape, dtype=dtype, device=request.device)
-    if request.kind == "gumbel":
-        exponential = torch.empty(request.shape, dtype=dtype, device=request.device)
-        exponential.exponential_().clamp_(min=torch.finfo(dtype).tiny)
-        return -exponential.log()
-    half_eps = torch.finfo(dtype).eps / 2
-    uniform = torch.rand(request.shape, dtype=dtype, device=request.device)
-    return uniform.clamp_(half_eps, 1 - half_eps).logit_()
+    if request.kind == "gamma":
+        return _gamma(request, dtype)
+    return _KINDS[request.kind](torch.empty(request.shape, dtype=dtype, device=request.device))
 
+
+def _logistic(empty: Tensor) -> Tensor:
+    half_eps = torch.finfo(empty.dtype).eps / 2
+    return empty.uniform_().clamp_(half_eps, 1 - half_eps).logit_()
+
+
+def _exponential(empty: Tensor) -> Tensor:
+    return empty.exponential_().clamp_(min=torch.finfo(empty.dtype).tiny)
+
+
+def _gamma(request: Request, dtype: torch.dtype) -> Tensor:
+    if request.concentration is None:
+        raise TypeError("gamma noise needs a concentration")
+    concentration = request.concentration.detach().to(dtype).expand(request.shape)
+    return torch._standard_gamma(concentration).clamp_(min=torch.finfo(dtype).tiny)
+
+
+_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": _logistic,
+    "gumbel": lambda empty: -_exponential(empty).log(),
+    "normal": lambda empty: empty.normal_(),
+    "exponential": _exponential,
+    "rayleigh": lambda empty: (2 * _exponential(empty)).sqrt(),
+}
 
 _SOURCE: ContextVar[Source] = ContextVar("pyro_nondiff_noise_source", default=_random)
 

@@ -10,18 +10,28 @@ from ._laws import describe as describe
 from ._laws import dtype_and_device as dtype_and_device
 from ._laws import log_prob as log_prob
 from ._laws import logits as logits
+from ._laws import partly_pathwise as partly_pathwise
 from ._laws import rewrap as rewrap
-from ._relax import base_row as base_row
+from ._laws import score_correction as score_correction
+from ._parameters import base_row as base_row
+from ._parameters import event_dims as event_dims
+from ._parameters import parameters as parameters
+from ._parameters import with_parameters as with_parameters
 from ._relax import conditional as conditional
 from ._relax import relax as relax
 from ._relax import relaxable as relaxable
 from ._relax import wide_logits as wide_logits
 from ._surrogates import NUM_CONDITIONAL as NUM_CONDITIONAL
 from ._transport import continuous as continuous
+from ._transport import noise_concentration as noise_concentration
 from ._transport import noise_kind as noise_kind
 from ._transport import noise_shape as noise_shape
 from ._transport import transport as transport
+from .exponential import InverseCDFExponential as InverseCDFExponential
+from .gamma import Gamma as Gamma
+from .gamma import ScaleGamma as ScaleGamma
 from .hard_concrete import HardConcrete as HardConcrete
+from .log_gamma import LogGamma as LogGamma
 from .relaxed import RelaxedBernoulli as RelaxedBernoulli
 from .relaxed import RelaxedOneHotCategorical as RelaxedOneHotCategorical
 from .relaxed import relaxed as relaxed
@@ -38,11 +48,15 @@ __all__ = [
     "NUM_CONDITIONAL",
     "AbstractSchedule",
     "ExponentialAnnealing",
+    "Gamma",
     "HardConcrete",
+    "InverseCDFExponential",
     "Law",
     "LinearAnnealing",
+    "LogGamma",
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
+    "ScaleGamma",
     "StraightThroughBernoulli",
     "StraightThroughOneHotCategorical",
     "Temperature",
@@ -54,14 +68,20 @@ __all__ = [
     "core",
     "describe",
     "dtype_and_device",
+    "event_dims",
     "log_prob",
     "logits",
+    "noise_concentration",
     "noise_kind",
     "noise_shape",
+    "parameters",
+    "partly_pathwise",
     "relax",
     "relaxable",
     "relaxed",
     "rewrap",
+    "score_correction",
     "transport",
     "wide_logits",
+    "with_parameters",
 ]

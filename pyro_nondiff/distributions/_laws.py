@@ -5,7 +5,7 @@ from functools import singledispatch
 from typing import Any, TypeAlias, cast
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Distribution, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from torch import Tensor
@@ -114,6 +114,33 @@ def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tenso
         return _each(log_prob(law.base_dist, value, soft), lambda x: x.expand(shape))
     score = extended_score(law, value) if soft else _core_score(law, value)
     return score, score
+
+
+def score_correction(law: Law, value: Tensor) -> Tensor | None:
+    """The score of what a value's path leaves out, or None for a law whose path is whole.
+
+    It is the log-density of the noise where that depends on the parameters, as an accepted
+    proposal's does, with a gradient at fixed noise. Masks are left out, as for every score.
+
+    Arguments:
+        law: The law that has drawn the value.
+        value: The value as it was drawn.
+    """
+    if isinstance(law, Independent):
+        found = score_correction(law.base_dist, value)
+        return None if found is None else _sum_rightmost(found, law.reinterpreted_batch_ndims)
+    if isinstance(law, MaskedDistribution | ExpandedDistribution):
+        return score_correction(law.base_dist, value)
+    if not partly_pathwise(law):
+        return None
+    return cast(Tensor, law.score_parts(value).score_function)
+
+
+def partly_pathwise(law: Law) -> bool:
+    """Whether a law says that a part of its gradient does not go through its value."""
+    base = core(law)
+    own_parts = type(base).score_parts is not Distribution.score_parts
+    return bool(getattr(base, "partly_pathwise", own_parts))
 
 
 def _each(both: tuple[Tensor, Tensor], change: Any) -> tuple[Tensor, Tensor]:

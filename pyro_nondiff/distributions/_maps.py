@@ -16,9 +16,11 @@ class NoiseMap(TorchDistributionMixin, ABC):
 
     Class attributes:
         noise_kind: The kind of its noise, see :mod:`pyro_nondiff.noise`.
+        noise_concentration: Of ``"gamma"`` noise.
     """
 
     noise_kind: ClassVar[str]
+    noise_concentration: Tensor | None = None
     has_rsample = True
 
     @abstractmethod
@@ -34,9 +36,10 @@ class NoiseMap(TorchDistributionMixin, ABC):
         law = _any(self)
         shape = (*sample_shape, *law.batch_shape, *law.event_shape)
         like = self.like
-        return self.from_noise(
-            draw(Request("", self.noise_kind, shape, like.dtype, like.device, law=law))
-        )
+        place = like.dtype, like.device
+        concentration = self.noise_concentration
+        request = Request("", self.noise_kind, shape, *place, "u", law, concentration)
+        return self.from_noise(draw(request))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """A draw without gradient."""

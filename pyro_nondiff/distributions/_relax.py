@@ -68,18 +68,3 @@ def conditional(law: Law, leaf: Tensor, value: Tensor, noise: Tensor) -> Tensor:
     chosen = value > 0
     top = (noise * value).sum(-1, keepdim=True) + leaf.logsumexp(-1, keepdim=True)
     return torch.where(chosen, top, -torch.logaddexp(-noise - leaf, -top))
-
-
-def base_row(law: Law, rank: int) -> Law:
-    """A relaxable law at the first of its rows, the base run's.
-
-    Arguments:
-        law: A law with batch shape ``(rows, ...)`` if that has ``rank`` dimensions; one of
-            fewer has no rows and comes back as it is.
-        rank: How many dimensions a batch shape with rows has.
-    """
-    if len(law.batch_shape) < rank or law.batch_shape[0] == 1:
-        return law
-    base = core(law)
-    row = type(base)(logits=base.logits[:1], validate_args=False)
-    return row.to_event(law.event_dim - base.event_dim)

@@ -7,6 +7,7 @@ Bernoulli                      logistic      1 where ``logits + noise > 0``
 OneHotCategorical              gumbel        one-hot argmax of ``logits + noise``
 Categorical                    gumbel        argmax of ``logits + noise``
 Normal, MultivariateNormal     normal        ``loc + scale @ noise``
+Exponential                    exponential   ``noise / rate``
 TransformedDistribution        of its base   the transforms of its base's value
 laws of this library           their own     ``from_noise``
 =============================  ============  =================================
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
+    Exponential,
     MultivariateNormal,
     Normal,
     OneHotCategorical,
@@ -39,6 +41,7 @@ _kind.register(Categorical, lambda law: "gumbel")
 _kind.register(OneHotCategorical, lambda law: None if law.has_rsample else "gumbel")
 _kind.register(Normal, lambda law: "normal")
 _kind.register(MultivariateNormal, lambda law: "normal")
+_kind.register(Exponential, lambda law: "exponential")
 _kind.register(TransformedDistribution, lambda law: noise_kind(law.base_dist))
 _kind.register(NoiseMap, lambda law: law.noise_kind)
 
@@ -78,6 +81,11 @@ def _(law: MultivariateNormal, noise: Tensor) -> Tensor:
 
 
 @_value.register
+def _(law: Exponential, noise: Tensor) -> Tensor:
+    return noise.to(law.rate.dtype) / law.rate
+
+
+@_value.register
 def _(law: TransformedDistribution, noise: Tensor) -> Tensor:
     value = transport(law.base_dist, noise)
     for transform in law.transforms:
@@ -100,8 +108,13 @@ def noise_kind(law: Law) -> str | None:
 
 def continuous(law: Law) -> bool:
     """Whether a law's map of noise is continuous in the law's parameters."""
-    kind = noise_kind(law)
-    return kind is not None and (kind == "normal" or not core(law).support.is_discrete)
+    return noise_kind(law) is not None and not core(law).support.is_discrete
+
+
+def noise_concentration(law: Law) -> Tensor | None:
+    """The concentration of a law's ``"gamma"`` noise, None for noise of another kind."""
+    found: Tensor | None = getattr(core(law), "noise_concentration", None)
+    return found
 
 
 def noise_shape(law: Law) -> torch.Size:

@@ -10,7 +10,11 @@ estimator                      laws                evaluations of the program
 :class:`RELAX`                 relaxable           1 + 2 relaxed a site, or 1
 :class:`Enumerate`             finite support      1 + the size of the support, a site
 :class:`Pathwise`              with ``rsample``    1
-:class:`StraightThrough`        relaxable           1
+:class:`StraightThrough`       relaxable           1, biased
+:class:`LAX`                   maps of noise       1
+:class:`MeasureValued`         Bernoulli, Poisson  1 + 1 a number of the site, or + 3 for a
+                               Exponential, Gamma  Normal
+                               Normal
 :class:`Auto`                  any                 1 or 4
 =============================  ==================  ==========================================
 """
@@ -28,13 +32,17 @@ from .control_variates import REBAR as REBAR
 from .control_variates import RELAX as RELAX
 from .coupled import DisARM as DisARM
 from .exact import Enumerate as Enumerate
+from .lax import LAX as LAX
+from .measure_valued import MeasureValued as MeasureValued
 from .pathwise import Auto as Auto
+from .pathwise import CorrectedPathwise as CorrectedPathwise
 from .pathwise import Pathwise as Pathwise
 from .score import REINFORCE as REINFORCE
 from .score import RLOO as RLOO
 from .straight_through import StraightThrough as StraightThrough
 
 __all__ = [
+    "LAX",
     "REBAR",
     "REINFORCE",
     "RELAX",
@@ -44,10 +52,12 @@ __all__ = [
     "Ask",
     "Auto",
     "Context",
+    "CorrectedPathwise",
     "DisARM",
     "Draw",
     "Enumerate",
     "Estimate",
+    "MeasureValued",
     "MovingAverage",
     "NeuralBaseline",
     "Pathwise",

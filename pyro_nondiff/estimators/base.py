@@ -23,14 +23,19 @@ class Ask:
 
     Arguments:
         base: How many base worlds it needs at least.
-        hard: How many hard worlds branch at the site: with values of the law.
+        hard: How many hard worlds branch at the site: with values that the law could draw.
         soft: How many soft worlds branch at the site, after the hard ones: with relaxed
             values, in which the program must be continuous.
         second: Whether a second noise is wanted, drawn under the role ``"v"``.
+        second_kind: The kind of the second noise; the law's own if None.
+        leaves: Whether ``draw`` is wanted, though there are no hard worlds and no second noise.
         pathwise: Whether the value carries a gradient to the law's parameters.
+        corrected: Whether, beside that gradient, there is a score of what the value's path
+            leaves out, see :func:`pyro_nondiff.distributions.score_correction`.
         base_mass: Weight of the base world in the model's and pathwise gradients,
             relative to the branches'.
-        hard_mass: What the weights of the hard worlds sum to, on the same scale.
+        hard_mass: What the weights of the hard worlds sum to, on the same scale; 0 where
+            their values are not distributed as the law's.
         per_element: Whether the weights of the hard worlds differ between the elements
             of the site's plates. Such an estimator is refused where a cost lies outside
             a plate of the site: it would be biased there.
@@ -41,11 +46,24 @@ class Ask:
     hard: int = 0
     soft: int = 0
     second: bool = False
+    second_kind: str | None = None
+    leaves: bool = False
     pathwise: bool = False
+    corrected: bool = False
     base_mass: float = 1.0
     hard_mass: float = 1.0
     per_element: bool = False
     role: str = "u"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the estimator draws more than the base value."""
+        return bool(self.hard or self.second or self.leaves)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the estimator is asked for an estimate, beside the value's gradient if any."""
+        return self.corrected or not self.pathwise
 
 
 @dataclass(frozen=True)
@@ -55,25 +73,28 @@ class Draw:
     Arguments:
         values: Values of the law, of shape ``(1 + hard + soft, K, plates, event)``; the
             first is the base world's, the last are the soft worlds'.
-        logits: The leaf that ``Estimate.gradient`` is a gradient for,
-            ``(K, plates, event)``.
+        parameters: Those that ``Estimate.gradients`` are gradients for, each
+            ``(K, plates, event)``: the logits, or what else the law is made of.
         hard_weights: Weights of the hard worlds, ``(m, K, plates)``, that sum to
             ``Ask.hard_mass`` over the first dimension. Without, they are equal.
-        soft: The relaxed value and its twin, ``(2, K, plates, event)``, with a gradient to
-            ``leaf``.
+        soft: The relaxed value and its twin, ``(2, K, plates, event)``, or the value
+            itself, with a gradient to ``leaves``.
         placed: The same values as the soft worlds have them, for the gradient of a cost.
-        leaf: The logits that ``soft`` was made of, cut off from the program.
-        score: The gradient of the base value's log-probability for the logits.
+        leaves: The parameters that ``soft`` was made of, cut off from the program.
+        scores: The gradients of the base value's log-probability for the parameters.
+        coefficients: For each parameter, what costs are multiplied with, ``(n, K, plates, event)``;
+            their number is the estimator's own.
         temperature: Of what is relaxed behind the site in its soft worlds.
     """
 
     values: Tensor
-    logits: Tensor | None = None
+    parameters: tuple[Tensor, ...] = ()
     hard_weights: Tensor | None = None
     soft: Tensor | None = None
     placed: Tensor | None = None
-    leaf: Tensor | None = None
-    score: Tensor | None = None
+    leaves: tuple[Tensor, ...] = ()
+    scores: tuple[Tensor, ...] = ()
+    coefficients: tuple[Tensor, ...] = ()
     temperature: Tensor | None = None
 
 
@@ -101,19 +122,20 @@ class Context:
 class Estimate:
     """An estimate of the gradient of the expected cost.
 
-    Exactly one of ``weight`` and ``gradient`` is given. Both are constants of the
+    Exactly one of ``weight`` and ``gradients`` is given. Both are constants of the
     surrogate: the engine detaches them.
 
     Arguments:
         weight: The surrogate is ``(weight * log_prob).sum()``, with ``log_prob`` of the
             site's values, ``(1 or 1 + m, K, plates)``.
-        gradient: The surrogate is ``(gradient * logits).sum()``, ``(K, plates, event)``.
+        gradients: The surrogate is the sum of ``(gradient * parameter).sum()`` over
+            ``Draw.parameters``, each ``(K, plates, event)``.
         own_loss: A scalar that trains the estimator's state, and nothing else.
         update: Called once when the step has succeeded; it changes the state in place.
     """
 
     weight: Tensor | None = None
-    gradient: Tensor | None = None
+    gradients: tuple[Tensor, ...] = ()
     own_loss: Tensor | None = None
     update: Callable[[], None] | None = None
 

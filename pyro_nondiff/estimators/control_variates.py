@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..distributions import Law, conditional, describe, relax, relaxable, wide_logits
 from ..errors import NonDiffError
+from ._control import Control, check_module, controlled, network_value, small_network
 from .base import AbstractEstimator, Ask, Context, Draw, Estimate
 from .baselines import RunningMean
 
@@ -94,26 +95,13 @@ def _twins(
     mean = relax(law, attached.detach(), torch.ones_like(temperature).detach())
     return Draw(
         values,
-        attached,
+        (attached,),
         soft=soft,
         placed=placed,
-        leaf=leaf,
-        score=value - mean,
+        leaves=(leaf,),
+        scores=(value - mean,),
         temperature=temperature.detach(),
     )
-
-
-@dataclass(frozen=True)
-class _Combined:
-    """A control variate in numbers: its value at the twin, and the slope of both."""
-
-    twin: Tensor
-    slope: Tensor
-
-
-def _behind(x: Tensor, like: Tensor) -> Tensor:
-    """Adds dimensions of size 1 at the right, for the event dimensions of ``like``."""
-    return x.reshape(x.shape + (1,) * (like.dim() - x.dim()))
 
 
 def _slopes(totals: Tensor, draw: Draw, second_order: bool) -> Tensor:
@@ -191,12 +179,12 @@ class REBAR(AbstractEstimator):
     ) -> Estimate:
         learnt = cast(_ControlVariate, state)
         combined = _relaxed_cost(draw, costs, learnt, context, self.second_order)
-        return _estimate(draw, costs[0], combined, learnt)
+        return controlled(draw, costs[0], combined, learnt)
 
 
 def _relaxed_cost(
     draw: Draw, costs: Tensor, state: _ControlVariate, context: Context, second_order: bool
-) -> _Combined:
+) -> Control:
     totals = context.soft_totals
     if totals is None or not totals.requires_grad:
         raise NonDiffError(
@@ -205,29 +193,17 @@ def _relaxed_cost(
         )
     baseline = state.baseline.fit_to(costs)().detach()
     slopes, soft = _slopes(totals, draw, second_order), cast(Tensor, draw.soft)
-    leaf = cast(Tensor, draw.leaf)
-    (slope,) = torch.autograd.grad(soft, leaf, slopes, create_graph=True)
+    (slope,) = torch.autograd.grad(soft, draw.leaves, slopes, create_graph=True)
     twin = costs[-1] if second_order else _linear(costs[-1], -slopes[1], draw)
-    return _Combined(baseline + state.eta * (twin - baseline), state.eta * slope)
+    return Control(baseline + state.eta * (twin - baseline), (state.eta * slope,))
 
 
 def _linear(twin: Tensor, slope: Tensor, draw: Draw) -> Tensor:
     """The twin's cost with its slope in the soft value held constant."""
-    soft, score = cast(Tensor, draw.soft), cast(Tensor, draw.score)
+    soft, (score,) = cast(Tensor, draw.soft), draw.scores
     move = (slope * (soft[1] - soft[1].detach())).reshape(score.shape)
     events = score.dim() - twin.dim()
     return twin.detach() + (move.sum(list(range(-events, 0))) if events else move)
-
-
-def _estimate(draw: Draw, cost: Tensor, control: _Combined, state: _ControlVariate) -> Estimate:
-    score, cost = cast(Tensor, draw.score), cost.detach()
-    slope = control.slope.reshape(score.shape)  # the leaf may lack dimensions of size 1
-    gradient = _behind(cost - control.twin, score) * score + slope
-    return Estimate(
-        gradient=gradient,
-        own_loss=gradient.square().sum(),
-        update=lambda: state.baseline.update(cost.mean()),
-    )
 
 
 @dataclass(frozen=True)
@@ -276,11 +252,7 @@ class RELAX(AbstractEstimator):
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        if not isinstance(self.control_variate, nn.Module | None):
-            raise NonDiffError(
-                "RELAX needs a torch.nn.Module as control_variate, found "
-                f"{type(self.control_variate).__name__}: wrap the function in a module."
-            )
+        check_module("RELAX", self.control_variate)
 
     def refuse(self, law: Law) -> str | None:
         return _refuse(law, "RELAX")
@@ -289,11 +261,7 @@ class RELAX(AbstractEstimator):
         return Ask(soft=2 if self.relaxed_cost else 0, second=True)
 
     def make_state(self, law: Law) -> nn.Module | None:
-        net = self.control_variate
-        if net is None:
-            size = law.event_shape.numel()
-            net = nn.Sequential(nn.Linear(size, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, 1))
-        return _ControlVariate(self, net, law)
+        return _ControlVariate(self, self.control_variate or small_network(law), law)
 
     def draw(
         self,
@@ -312,30 +280,18 @@ class RELAX(AbstractEstimator):
         twin, slope = self._network(draw, learnt, context)
         if self.relaxed_cost:
             relaxed = _relaxed_cost(draw, costs, learnt, context, self.second_order)
-            twin, slope = twin + relaxed.twin, slope + relaxed.slope
-        return _estimate(draw, costs[0], _Combined(twin, slope), learnt)
+            twin, slope = twin + relaxed.twin, slope + relaxed.slopes[0]
+        return controlled(draw, costs[0], Control(twin, (slope,)), learnt)
 
     def _network(
         self, draw: Draw, state: _ControlVariate, context: Context
     ) -> tuple[Tensor, Tensor]:
         """The network's value at the twin, and the slope of both values."""
-        soft, leaf = cast(Tensor, draw.soft), cast(Tensor, draw.leaf)
+        soft, (leaf,) = cast(Tensor, draw.soft), draw.leaves
         if state.net is None:
             raise TypeError("RELAX makes a network")
-        events = cast(Tensor, draw.score).dim() - len(context.shape)
+        events = draw.scores[0].dim() - len(context.shape)
         flat = soft.reshape(*soft.shape[: soft.dim() - events], -1)
-        extra = () if self.input is None else (self.input(*context.args, **context.kwargs),)
-        output = state.net(flat, *extra)
-        if output.shape == (*flat.shape[:-1], 1):
-            output = output.squeeze(-1)
-        if output.shape != flat.shape[:-1]:
-            raise NonDiffError(
-                f"site '{context.site}': the control variate of RELAX returned shape "
-                f"{tuple(output.shape)} for values of shape {tuple(flat.shape)}. Return one "
-                "number for each, with or without a last dimension of size 1."
-            )
+        output = network_value("RELAX", state.net, flat, self.input, context)
         (slope,) = torch.autograd.grad((output[0] - output[1]).sum(), leaf, create_graph=True)
         return output[1].reshape(context.shape), slope
-
-
-_WIDTH = 32  # of the network that RELAX makes

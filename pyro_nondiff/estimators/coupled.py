@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
-from ..distributions import Law, core, describe, logits, transport
+from ..distributions import Law, core, describe, parameters, transport
 from .base import AbstractEstimator, Ask, Context, Draw, Estimate
 
 __all__ = ["DisARM"]
@@ -59,14 +59,13 @@ class DisARM(AbstractEstimator):
     ) -> Draw:
         if noise is None:
             raise TypeError("a Bernoulli is a map of noise")
-        return Draw(torch.stack([value, transport(law, -noise)]), logits(law))
+        return Draw(torch.stack([value, transport(law, -noise)]), tuple(parameters(law).values()))
 
     def estimate(
         self, draw: Draw, costs: Tensor, state: nn.Module | None, context: Context
     ) -> Estimate:
-        if draw.logits is None:
-            raise TypeError("DisARM draws with logits")
+        (leaf,) = draw.parameters
         difference = draw.values[0] - draw.values[1]
         extra = difference.dim() - costs.dim() + 1
         contrast = (costs[0] - costs[1]).reshape(costs.shape[1:] + (1,) * extra)
-        return Estimate(gradient=0.5 * contrast * difference * draw.logits.abs().sigmoid())
+        return Estimate(gradients=(0.5 * contrast * difference * leaf.abs().sigmoid(),))

@@ -108,8 +108,16 @@ class RLOO(AbstractEstimator):
     def estimate(
         self, draw: Draw, costs: Tensor, state: nn.Module | None, context: Context
     ) -> Estimate:
-        base = costs[:1]
-        worlds = base.shape[1]
-        if worlds == 1:  # a site that only one base world has met: nobody to compare with
-            return Estimate(weight=base)
-        return Estimate(weight=(base - base.mean(1, keepdim=True)) * (worlds / (worlds - 1)))
+        return Estimate(weight=leave_one_out(costs[:1]))
+
+
+def leave_one_out(costs: Tensor) -> Tensor:
+    """Each base world's cost less the mean of the others'; as it is where there are no others.
+
+    Arguments:
+        costs: ``(1, K, plates)``.
+    """
+    worlds = costs.shape[1]
+    if worlds == 1:  # a site that only one base world has met: nobody to compare with
+        return costs
+    return (costs - costs.mean(1, keepdim=True)) * (worlds / (worlds - 1))

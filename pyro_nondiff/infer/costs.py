@@ -83,7 +83,7 @@ def reaches(guide: Sequence[Site], model: Sequence[Site]) -> dict[str, int]:
 
 
 def site_costs(guide: Sequence[Site], terms: Iterable[Term], soft: bool = False) -> dict[str, Cost]:
-    """The cost of each latent site of the guide that has an estimator other than pathwise.
+    """The cost of each latent site of the guide whose estimator estimates.
 
     Arguments:
         guide: The guide's sites in their order.
@@ -111,7 +111,7 @@ def site_costs(guide: Sequence[Site], terms: Iterable[Term], soft: bool = False)
         for lost in frozenset().union(*pool) - frames:
             joined_by[lost] = site.name
         pool = _keep(pool, frames)
-        if site.estimator is not None and not site.ask.pathwise and (site.ask.soft or not soft):
+        if site.estimator is not None and site.ask.estimated and (site.ask.soft or not soft):
             shared = _shared(pool, frames, joined_by)
             totals = _totals(pool) if soft else None
             costs[site.name] = Cost(reduce(add, pool.values()), shared, totals, left_out, count)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from ..estimators import Context, Draw, Estimate
 from .costs import Cost, site_costs
 from .execute import Chunk, Pair
 from .pathwise import base_draw, cat, pathwise, sum_but
+from .plan import lift
 from .record import Site
 
 
@@ -93,11 +96,12 @@ def _site_surrogate(site: Site, found: Estimate, rows: _SiteRows) -> Tensor:
     if found.weight is not None:
         scores = rows.scores[: found.weight.shape[0]]
         return sum_but(found.weight.detach() * scores, 1)
-    if found.gradient is not None and rows.draw.logits is not None:
-        return sum_but(found.gradient.detach() * rows.draw.logits, 0)
+    if len(found.gradients) == len(rows.draw.parameters) > 0:
+        pairs = zip(found.gradients, rows.draw.parameters, strict=True)
+        return reduce(add, (sum_but(gradient.detach() * p, 0) for gradient, p in pairs))
     raise NonDiffError(
-        f"site '{site.name}': {site.estimator!r} returned neither a weight for log_prob nor a "
-        "gradient with the logits that it is for."
+        f"site '{site.name}': {site.estimator!r} returned neither a weight for log_prob nor "
+        "gradients, one for each of the parameters that it drew with."
     )
 
 
@@ -121,7 +125,7 @@ def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
             found.setdefault(name, []).append(rows)
     merged: list[_SiteRows] = []
     for parts in found.values():
-        apart = len(parts) == 1 or parts[0].site.ask.second  # soft values are leaves a run
+        apart = len(parts) == 1 or parts[0].draw.leaves  # they are leaves of one run
         merged += parts if apart else [_side_by_side(parts)]
     return merged
 
@@ -129,7 +133,7 @@ def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
 def _site_rows(
     site: Site, cost: Cost, soft_cost: Cost | None, chunk: Chunk, worlds: list[int], step: Step
 ) -> _SiteRows:
-    score = next(t.score for t in chunk.terms if t.in_guide and t.site is site)
+    score = _score(site, chunk)
     hard, soft = chunk.plan.rows_of(site.name)
     values, scores, totals = [_own_rows(cost.value, hard)], [_own_rows(score, hard)], []
     if soft_cost is not None:
@@ -153,6 +157,13 @@ def _site_rows(
         worlds,
         cat(totals, 0) if totals else None,
     )
+
+
+def _score(site: Site, chunk: Chunk) -> Tensor:
+    """What a weight is for: the site's log-probability, or the score that its path leaves out."""
+    if site.correction is not None:
+        return lift(site.correction, chunk.plan.nesting + 2)
+    return next(t.score for t in chunk.terms if t.in_guide and t.site is site)
 
 
 def _branch_rows(name: str, branch: Chunk, soft: bool) -> tuple[Cost, Tensor]:
@@ -185,7 +196,7 @@ def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
         rows[0].site,
         Draw(
             cat([d.values for d in draws], 1),
-            _cat_given([d.logits for d in draws], 0),
+            tuple(cat(list(each), 0) for each in zip(*(d.parameters for d in draws), strict=True)),
             _cat_given([d.hard_weights for d in draws], 1),
         ),
         cat([r.costs for r in rows], 1),

@@ -8,6 +8,7 @@ from operator import add
 import torch
 from torch import Tensor
 
+from ..distributions import event_dims
 from ..estimators import Draw
 from .costs import Frames
 from .execute import Chunk
@@ -114,16 +115,21 @@ def base_draw(site: Site, nesting: int) -> Draw:
     draw, rank = site.draw, nesting + 2
     full = rank + site.law.event_dim
     values = lift_behind(draw.values, full)[:, 0]
-    if draw.logits is None and draw.hard_weights is None:
+    if not draw.parameters and draw.hard_weights is None:
         return Draw(values)
-    hard = draw.hard_weights
+    hard, ranks = draw.hard_weights, [rank + event_dims(site.law, p) for p in draw.parameters]
     return replace(
         draw,
         values=values,
-        logits=None if draw.logits is None else lift(draw.logits, full)[0],
-        score=None if draw.score is None else lift(draw.score, full)[0],
+        parameters=_base_row(draw.parameters, ranks),
+        scores=_base_row(draw.scores, ranks),
+        coefficients=tuple(lift_behind(c, full)[:, 0] for c in draw.coefficients),
         hard_weights=None if hard is None else lift_behind(hard, rank)[:, 0],
     )
+
+
+def _base_row(tensors: tuple[Tensor, ...], ranks: list[int]) -> tuple[Tensor, ...]:
+    return tuple(lift(x, rank)[0] for x, rank in zip(tensors, ranks[: len(tensors)], strict=True))
 
 
 def cat(tensors: list[Tensor], dim: int) -> Tensor:

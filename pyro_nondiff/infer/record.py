@@ -38,6 +38,7 @@ class Site:
     ask: Ask = field(default_factory=Ask)
     draw: Draw | None = None
     noise: Tensor | None = None
+    correction: Tensor | None = None
     breaks: bool = False
 
     @property

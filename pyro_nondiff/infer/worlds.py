@@ -15,10 +15,12 @@ from ..distributions import (
     continuous,
     dtype_and_device,
     logits,
+    noise_concentration,
     noise_kind,
     noise_shape,
     relax,
     relaxable,
+    score_correction,
     transport,
     wide_logits,
 )
@@ -114,10 +116,10 @@ class GuideWorlds(Recorder):
         rank = self.plan.nesting + 2
         single = self.plan.num_rows == 1 or value.dim() < rank + law.event_dim
         draw = Draw((value if single else value[:1]).unsqueeze(0))
-        if (ask.hard or ask.second) and self.branch is None:
+        if ask.draws and self.branch is None:
             estimator: AbstractEstimator = self._drawn["estimator"]
             state = self.state_of(name, estimator, law) if ask.second else None
-            second = self._noise(name, law, "v") if ask.second else None
+            second = self._noise(name, law, "v", ask.second_kind) if ask.second else None
             if second is not None and not single:
                 second = second[:1]
             own = noise if noise is None or single else noise[:1]
@@ -126,11 +128,14 @@ class GuideWorlds(Recorder):
         self._drawn |= {"draw": draw, "noise": noise}
         return self._spread(name, law, value, draw)
 
-    def _noise(self, name: str, law: Law, role: str) -> Tensor | None:
-        kind = noise_kind(law)
+    def _noise(self, name: str, law: Law, role: str, kind: str | None = None) -> Tensor | None:
+        kind = kind or noise_kind(law)
         if kind is None:
             return None
         shape = self._worldly(noise_shape(law), law)
+        concentration = noise_concentration(law)
+        if concentration is not None and not _fits(concentration, shape):
+            return None  # it differs between rows, which can share no noise then
         if self.branch is not None and name in self.branch.base:
             shared = self.branch.base[name].noise
             if shared is not None and shared.shape == shape:
@@ -138,7 +143,8 @@ class GuideWorlds(Recorder):
         dtype, device = dtype_and_device(law)
         if is_validation_enabled():
             _refuse_nan(name, law)
-        request = noise_source.Request(name, kind, tuple(shape), dtype, device, role, law)
+        place = tuple(shape), dtype, device
+        request = noise_source.Request(name, kind, *place, role, law, concentration)
         return noise_source.draw(request)
 
     def _worldly(self, shape: torch.Size, law: Law, rows: bool = False) -> torch.Size:
@@ -197,6 +203,8 @@ class GuideWorlds(Recorder):
         soft_branch = self.branch is not None and self.branch.temperature is not None
         self._drawn["breaks"] = (has_rows and bool(self._temperatures)) or soft_branch
         value: Tensor = law.rsample() if ask.pathwise else law.sample()
+        if ask.corrected:
+            self._drawn["correction"] = score_correction(law, value)
         return value
 
     def _spread(self, name: str, law: Law, value: Tensor, draw: Draw) -> Tensor:
@@ -227,6 +235,10 @@ class GuideWorlds(Recorder):
             rows[soft.stop :],
         ]
         return torch.cat(pieces)
+
+
+def _fits(concentration: Tensor, shape: torch.Size) -> bool:
+    return bool(torch.broadcast_shapes(concentration.shape, shape) == shape)
 
 
 def _refuse_nan(name: str, law: Law) -> None:

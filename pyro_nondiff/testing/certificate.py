@@ -64,9 +64,9 @@ def certify(
     Arguments:
         elbo: An objective with the estimators to certify.
         model: A model.
-        guide: Its guide, of Bernoulli, Categorical, OneHotCategorical and normal sites.
+        guide: Its guide, of discrete sites and continuous maps of noise.
         *args: Arguments of both.
-        nodes: The number of quadrature nodes of each normal number.
+        nodes: The number of quadrature nodes of each continuous number.
         **kwargs: Keyword arguments of both.
 
     Raises:

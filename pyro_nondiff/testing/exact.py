@@ -15,10 +15,18 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
-from ..distributions import core, describe, log_prob, noise_kind, noise_shape, transport
+from ..distributions import (
+    core,
+    describe,
+    log_prob,
+    noise_concentration,
+    noise_kind,
+    noise_shape,
+    transport,
+)
 from ..errors import NonDiffError
 from ..noise import Request
-from .source import Enumeration
+from .source import CONTINUOUS, Enumeration
 from .walk import Walk, outcomes
 
 __all__ = ["exact_gradient", "exact_loss", "parameters_of"]
@@ -33,14 +41,14 @@ def exact_loss(
 
     .. math:: -\sum_z q(z) [\log p(x, z) - \log q(z)]
 
-    over all joint values of the guide's discrete sites, by Gauss-Hermite quadrature over its
-    normal ones. Scales and masks act as they do in Pyro.
+    over all joint values of the guide's discrete sites, by Gauss's quadrature over the noise of
+    its continuous ones. Scales and masks act as they do in Pyro.
 
     Arguments:
         model: A model.
-        guide: Its guide, of Bernoulli, Categorical, OneHotCategorical and normal sites.
+        guide: Its guide, of discrete sites and continuous maps of noise.
         *args: Arguments of both.
-        nodes: The number of quadrature nodes of each normal number.
+        nodes: The number of quadrature nodes of each continuous number.
         **kwargs: Keyword arguments of both.
 
     Raises:
@@ -127,11 +135,10 @@ class _Outcome(Messenger):
         if isinstance(base, Bernoulli | Categorical | OneHotCategorical):
             value = self._discrete(base).reshape(law.shape())
             self.probability = self.probability * log_prob(law, value)[0].sum().exp()
-        elif noise_kind(law) == "normal":
+        elif (kind := noise_kind(law)) in CONTINUOUS:
             before = self.walk.probability
-            request = Request(
-                msg["name"], "normal", tuple(noise_shape(law)), torch.float64, "cpu", law=law
-            )
+            shape, place = tuple(noise_shape(law)), (torch.float64, "cpu")
+            request = Request(msg["name"], kind, shape, *place, "u", law, noise_concentration(law))
             value = transport(law, Enumeration(self.walk, self.nodes)(request))
             self.probability = self.probability * (self.walk.probability / before)
         elif isinstance(base, pyro.distributions.Delta):
@@ -139,7 +146,8 @@ class _Outcome(Messenger):
         else:
             raise NonDiffError(
                 f"site '{msg['name']}': {describe(law)} can be neither enumerated nor integrated. "
-                "Exact gradients serve Bernoulli, Categorical, OneHotCategorical and normal laws."
+                "Exact gradients serve Bernoulli, Categorical, OneHotCategorical, Normal, "
+                "Exponential and ScaleGamma laws."
             )
         msg["value"], msg["done"] = value, True
 

@@ -460,8 +460,8 @@ def disarm_times(patch: Patch, factor: Callable[[Tensor], Tensor]) -> None:
 
     def estimate(self: DisARM, draw: Any, *rest: Any) -> Estimate:
         found = right(self, draw, *rest)
-        assert found.gradient is not None
-        return replace(found, gradient=found.gradient * factor(draw.logits))
+        (gradient,), (leaf,) = found.gradients, draw.parameters
+        return replace(found, gradients=(gradient * factor(leaf),))
 
     patch.setattr(DisARM, "estimate", estimate)
 

@@ -65,7 +65,7 @@ def test_eta_off_by_two_percent(monkeypatch: Patch) -> None:
 
     def off(*args: Any) -> Any:
         combined = right(*args)
-        return replace(combined, slope=1.02 * combined.slope)
+        return replace(combined, slopes=(1.02 * combined.slopes[0],))
 
     reject(REBAR(), programs.one_site(), monkeypatch, control_variates, "_relaxed_cost", off)
 
@@ -159,14 +159,14 @@ def test_shared_cost_counted_once_an_element(monkeypatch: Patch) -> None:
 
 
 def test_model_trained_by_the_control_variate(monkeypatch: Patch) -> None:
-    right = control_variates._estimate
+    right = control_variates.controlled
 
     def leaking(draw: Any, cost: Tensor, control: Any, state: Any) -> Any:
         found = right(draw, cost, control, state)
         # the engine detaches a gradient; multiplied into the leaf's own graph it would not
-        return replace(found, gradient=found.gradient + 0.1 * control.twin.mean())
+        return replace(found, gradients=(found.gradients[0] + 0.1 * control.twin.mean(),))
 
-    reject(REBAR(), programs.one_site(), monkeypatch, control_variates, "_estimate", leaking)
+    reject(REBAR(), programs.one_site(), monkeypatch, control_variates, "controlled", leaking)
 
 
 def test_score_of_the_soft_value(monkeypatch: Patch) -> None:
@@ -174,6 +174,7 @@ def test_score_of_the_soft_value(monkeypatch: Patch) -> None:
 
     def soft_score(*args: Any) -> Any:
         draw = right(*args)
-        return replace(draw, score=draw.score + 0.05 * (draw.soft[0].detach() - draw.values[0]))
+        biased = draw.scores[0] + 0.05 * (draw.soft[0].detach() - draw.values[0])
+        return replace(draw, scores=(biased,))
 
     reject(REBAR(), programs.one_site(), monkeypatch, control_variates, "_twins", soft_score)

@@ -135,9 +135,9 @@ def test_disarm_is_the_papers_formula() -> None:
     logits = torch.tensor([[0.3, -1.2, 2.0]])
     values = torch.tensor([[[1.0, 0.0, 1.0]], [[0.0, 0.0, 1.0]]])
     costs = torch.tensor([[5.0], [2.0]])
-    found = DisARM().estimate(Draw(values, logits), costs, None, CONTEXT)
+    found = DisARM().estimate(Draw(values, (logits,)), costs, None, CONTEXT)
     sign = torch.tensor([[1.0, 0.0, 0.0]])  # (-1)^b~ where the pair differs
-    torch.testing.assert_close(found.gradient, 0.5 * 3.0 * sign * logits.abs().sigmoid())
+    torch.testing.assert_close(found.gradients[0], 0.5 * 3.0 * sign * logits.abs().sigmoid())
 
 
 def test_recipes_compare_by_what_they_say() -> None:
