@@ -30,9 +30,9 @@ from pyro_nondiff.testing import exact_loss
 PARTICLES = 1000
 STEPS = 150
 
-CLOSE = 0.02
-"""The issue's distance from the exact posterior. Proportions of 1000 particles are within 0.001 of
-the probabilities, and what Adam leaves after 150 steps is smaller."""
+CLOSE, FAR = 0.005, 0.05
+"""Distances from the exact posterior. Proportions of 1000 particles are within 0.001 of the
+probabilities, and 0.0006 is what is found. The issue asks for 0.02."""
 
 Program = Callable[[], None]
 
@@ -180,7 +180,7 @@ def test_training_ends_at_the_posterior(kind: str, gradient: str, cost: str, nam
     loss = train(elbo, model, guide)
     assert distance(target) < CLOSE
     # at the posterior every value has the same ratio, so that the loss of each is the evidence:
-    # a gap of 0.02 in the probabilities is one of less than 0.02 in the loss, to second order
+    # a gap of 0.005 in the probabilities is one of order its square in the loss
     assert loss == pytest.approx(-float(target.evidence), abs=1e-3)
 
 
@@ -190,7 +190,7 @@ def test_training_ends_elsewhere_with_a_biased_gradient(gradient: str) -> None:
     """The test above can fail."""
     target = one_hot_target("quadratic")
     train(*objective("estimator", "one_hot", target, gradient))
-    assert distance(target) > 2 * CLOSE
+    assert distance(target) > FAR
 
 
 @pytest.mark.usefixtures("param_store")
@@ -201,7 +201,7 @@ def test_a_model_that_looks_the_value_up_misleads_pyro_s_objective() -> None:
     options = {"vectorize_particles": True, "max_plate_nesting": 0}
     elbo = Trace_ELBO(num_particles=PARTICLES, **options)
     train(elbo, model, guide)
-    assert distance(target) > 2 * CLOSE
+    assert distance(target) > FAR
 
 
 @pytest.mark.usefixtures("param_store")
