@@ -25,19 +25,21 @@ Example:
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .errors import NonDiffError
 from .infer import TraceEstimator_ELBO
 from .infer.check import preserved
+from .infer.lookups import Scored, lookups
 
-__all__ = ["GradientStatistics", "Moments", "gradient_statistics"]
+__all__ = ["GradientStatistics", "Moments", "find_lookups", "gradient_statistics"]
 
 Program = Callable[..., Any]
 
@@ -204,6 +206,47 @@ def gradient_statistics(
                 sites_are_seen = gradients is not None
                 of_sites.add(gradients or {})
     return GradientStatistics(of_parameters.moments(), of_sites.moments(), num_samples)
+
+
+def find_lookups(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[str]:
+    """Finds the sites where a model gives the guide's straight-through values no gradient.
+
+    :class:`pyro_nondiff.infer.TraceEstimator_ELBO` scores such values so that they have one, and
+    warns where it cannot. Under Pyro's own objectives, ask here once before the training.
+
+    Arguments:
+        model: A model.
+        guide: Its guide.
+        *args: Arguments of both.
+        **kwargs: Keyword arguments of both.
+
+    Returns:
+        For each such site, what is wrong and what to do. Random states and buffers are put back.
+
+    Example:
+        >>> from pyro_nondiff.diagnostics import find_lookups
+        >>> from pyro_nondiff.distributions import StraightThroughOneHotCategorical
+        >>> def model():
+        ...     pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.7, 0.2, 0.1])))
+        >>> def guide():
+        ...     logits = pyro.param("logits", torch.zeros(3))
+        ...     pyro.sample("z", StraightThroughOneHotCategorical(logits=logits))
+        >>> [text.split(",")[0] for text in find_lookups(model, guide)]
+        ["site 'z': the model's OneHotCategorical looks the straight-through value up"]
+    """
+    with preserved() as restore:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        restore()
+    model_trace.compute_log_prob()
+    found = []
+    for name, site in model_trace.nodes.items():
+        partner = guide_trace.nodes.get(name)
+        if site["type"] == "sample" and partner is not None and not site_is_subsample(site):
+            value, score = cast(Tensor, partner["value"]), cast(Tensor, site["log_prob"])
+            found.append(Scored(name, partner["fn"], site["fn"], value, score))
+    return lookups(found)
 
 
 class _Accumulator:

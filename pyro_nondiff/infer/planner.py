@@ -11,6 +11,7 @@ from ..errors import NonDiffError, NonDiffWarning
 from .check import check_worlds, preserved
 from .continuity import check_continuity
 from .execute import Chunk, Pair, alone, execute, run_pair
+from .lookups import lookups, scored_by_model
 from .plan import Mode, Plan
 
 Worlds = Literal["auto", "vectorized", "sequential"]
@@ -63,6 +64,8 @@ class Planner:
                 return chunks
         least = self._least.get(key, Plan())
         self._plans[key], chunks = self._first(pair, estimating, least)
+        for text in lookups(scored_by_model(chunks[0])):
+            self.warn(text)
         return chunks
 
     def plan(self, pair: Pair) -> Plan:
