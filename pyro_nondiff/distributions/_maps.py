@@ -7,7 +7,6 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from ..errors import NonDiffError
 from ..noise import Request, draw
 
 
@@ -76,19 +75,3 @@ def has_logits(law: Any) -> bool:
     """Whether a discrete law was given logits, rather than probabilities."""
     inner = getattr(law, "_categorical", law)
     return inner._param is inner.__dict__.get("logits")
-
-
-def check_logits(law: Any) -> None:
-    """Refuses infinite logits, but for minus infinity that takes a category out.
-
-    Raises:
-        NonDiffError: With the law, what was found, and what to do instead.
-    """
-    if not law._validate_args or not has_logits(law) or law.logits.is_meta:
-        return
-    bad = law.logits.isinf() & ((law.logits > 0) | (law.event_dim == 0))
-    if bad.any():
-        raise NonDiffError(
-            f"{type(law).__name__}: logits has {int(bad.sum())} infinite values, where the law has "
-            "no gradient. Keep them finite, say with clamp(-80, 80)."
-        )
