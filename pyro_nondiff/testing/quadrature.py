@@ -22,7 +22,7 @@ from ..infer import TraceEstimator_ELBO
 from ..noise import Request
 from .certificate import Certificate
 from .exact import exact_gradient, gradients_of, parameters_of
-from .source import rows_of
+from .source import CONTINUOUS, concentrations, rows_of
 
 __all__ = ["certify_soft"]
 
@@ -49,11 +49,12 @@ def certify_soft(
     Arguments:
         elbo: An objective; what its estimators have learnt is held fixed.
         model: A model that runs vectorised.
-        guide: Its guide, of Bernoulli, Categorical, OneHotCategorical and normal sites.
+        guide: Its guide, of Bernoulli, Categorical and OneHotCategorical sites, and of continuous
+            maps of noise.
         *args: Arguments of both.
         step: The distance :math:`h` of two nodes.
         width: The nodes reach from :math:`-w` to :math:`w`.
-        nodes: The number of Gauss-Hermite nodes of each normal number.
+        nodes: The number of nodes of Gauss's rule for each continuous number.
         coupled: Whether the second noise takes the nodes of the first. Without, the variance
             is exact too, for twice as many dimensions.
         **kwargs: Keyword arguments of both.
@@ -102,13 +103,13 @@ class Grid:
     Arguments:
         num_hard: How many rows of a run are hard.
         logistic_nodes: The nodes of the trapezoid rule.
-        normal_nodes: The number of nodes of a normal number.
+        continuous_nodes: The number of nodes of a continuous number.
         coupled: Whether the second noise of a site takes the nodes of the first.
     """
 
     num_hard: int
     logistic_nodes: np.ndarray[Any, np.dtype[np.float64]]
-    normal_nodes: int
+    continuous_nodes: int
     coupled: bool
     weight: Tensor = field(default_factory=lambda: torch.ones(()))
     _sizes: list[int] = field(default_factory=list)
@@ -127,10 +128,10 @@ class Grid:
 
     def __call__(self, request: Request) -> Tensor:
         """The noise of one site in all base worlds."""
+        if request.kind in CONTINUOUS:
+            return self._continuous(request)
         if request.role == "v":
             return self._second(request)
-        if request.kind == "normal":
-            return self._normal(request)
         if isinstance(core(request.law), torch.distributions.Categorical):
             return self._categorical(request)
         if request.kind == "gumbel":
@@ -166,10 +167,10 @@ class Grid:
         self.weight = self.weight * (high - low)
         return low, high
 
-    def _normal(self, request: Request) -> Tensor:
-        nodes, weights = np.polynomial.hermite_e.hermegauss(self.normal_nodes)
+    def _continuous(self, request: Request) -> Tensor:
         columns = []
-        for _ in range(self._elements(request)):
+        for concentration in concentrations(request)[: self._elements(request)]:
+            nodes, weights = CONTINUOUS[request.kind](self.continuous_nodes, concentration)
             index = self._index(len(nodes))
             self.weight = self.weight * torch.from_numpy(weights / weights.sum())[index]
             columns.append(torch.from_numpy(nodes)[index])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -114,6 +115,24 @@ def test_normal_noise_has_the_moments_of_a_normal(power: int) -> None:
     moment = sum(probability * float(noise) ** power for noise, probability in pieces(law))
     wanted = float(np.prod(np.arange(1, power, 2))) if power % 2 == 0 else 0.0
     assert moment == pytest.approx(wanted, abs=1e-11)  # terms of order 100
+
+
+@pytest.mark.parametrize("power", range(8))
+@pytest.mark.parametrize("kind", ["exponential", "gamma", "rayleigh"])
+def test_positive_noise_has_the_moments_of_its_law(kind: str, power: int) -> None:
+    """Four nodes serve seven powers, odd ones of a Rayleigh number too."""
+    concentration = torch.tensor(2.5) if kind == "gamma" else None
+    request = Request("z", kind, (), torch.float64, "cpu", concentration=concentration)
+    mean = 0.0
+    for walk in outcomes():
+        number = Enumeration(walk, nodes=4)(request).item()
+        mean += walk.probability * number**power
+    law = {
+        "exponential": scipy.stats.expon(),
+        "gamma": scipy.stats.gamma(2.5),
+        "rayleigh": scipy.stats.rayleigh(),
+    }[kind]
+    assert mean == pytest.approx(law.moment(power), rel=1e-12)
 
 
 def test_normal_noise_of_several_numbers() -> None:
