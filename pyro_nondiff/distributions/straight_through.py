@@ -1,7 +1,7 @@
 r"""Discrete laws whose hard values have a gradient: straight-through estimators.
 
 The value is exactly hard, and is differentiated as a surrogate of the choice ``gradient``. All of
-them are biased for some cost; :doc:`the page on straight-through laws </straight_through>` says by
+them are biased for some cost; :doc:`the page on straight-through laws </laws/straight_through>` says by
 how much. ``log_prob`` is the discrete log-mass, linear in each factor of the value, so that the
 value's gradient goes through the scores of guide and model.
 """
@@ -102,7 +102,7 @@ class StraightThroughBernoulli(_StraightThrough, dist.Bernoulli):  # type: ignor
     ``"softmax"``     :math:`\sigma(\eta / T)`
     ``"gumbel"``      :math:`\sigma((\eta + \epsilon) / T)`
     ``"gumbel_rao"``  the mean of that over ``num_conditional`` noises that make the same value
-    ``"reinmax"``     second order: exact for costs at most quadratic in the value
+    ``"reinmax"``     second order: at :math:`T = 1` exact for costs at most quadratic in the value
     ================  ========================================================================
 
     Arguments:
