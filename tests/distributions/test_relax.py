@@ -29,8 +29,8 @@ def extremes(kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     drawn = noise.draw(noise.Request("z", kind, shape, dtype, "cpu"))
     info = torch.finfo(drawn.dtype)
     ends = {
-        "logistic": torch.tensor([info.eps / 2, 1 - info.eps / 2, 0.5]).to(drawn).logit(),
-        "gumbel": -torch.tensor([info.tiny, 100.0, 1.0]).to(drawn).log(),
+        "logistic": torch.tensor([info.eps / 2, 1 - info.eps / 2, 0.5], dtype=drawn.dtype).logit(),
+        "gumbel": -torch.tensor([info.tiny, 100.0, 1.0], dtype=drawn.dtype).log(),
     }[kind]
     drawn.view(-1)[: 3 * 50] = ends.repeat(50)
     return drawn[torch.randperm(len(drawn))]
@@ -104,7 +104,7 @@ def test_wrapped_laws(law: Any) -> None:
     kind = noise_kind(law)
     assert kind is not None
     shape = (5, *noise_shape(law))
-    u = noise.draw(noise.Request("z", kind, shape, torch.float64, "cpu"))
+    u = noise.draw(noise.Request("z", kind, shape, torch.get_default_dtype(), "cpu"))
     value = transport(law, u)
     assert value.shape == (5, *law.shape())
     twin = conditional(law, wide_logits(law), value, u.flip(0))
