@@ -1,9 +1,9 @@
 r"""Discrete laws whose hard values have a gradient: straight-through estimators.
 
 The value is exactly hard, and is differentiated as a surrogate of the choice ``gradient``. All of
-them are biased for some cost; :doc:`the page on straight-through laws </laws/straight_through>` says by
-how much. ``log_prob`` is the discrete log-mass, linear in each factor of the value, so that the
-value's gradient goes through the scores of guide and model.
+them are biased for some cost; :doc:`the page on straight-through laws </laws/straight_through>`
+says by how much. ``log_prob`` is the discrete log-mass, linear in each factor of the value, so
+that the value's gradient goes through the scores of guide and model.
 """
 
 import warnings
