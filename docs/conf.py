@@ -2,9 +2,14 @@
 
 import importlib
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pyro_nondiff
+
+# The pictures are drawn by a module beside this one, of numbers that the test-suite has.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 project = "pyro_nondiff"
 author = "The pyro_nondiff developers"
@@ -19,6 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "pictures",
 ]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
@@ -103,10 +109,45 @@ def readable_signature(
     return (signature and signature.replace("<factory>", "...")), returns
 
 
+def public_bases(app: Any, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
+    """Show the bases of a private base instead of it."""
+    found: list[Any] = []
+    while bases:
+        base = bases.pop(0)
+        path = f"{base.__module__}.{base.__qualname__}"
+        if base.__module__.startswith("pyro_nondiff.") and path not in PUBLIC:
+            bases[:0] = base.__bases__
+        else:
+            found.append(base)
+    bases += [
+        base
+        for base in dict.fromkeys(found)
+        if not any(other is not base and issubclass(other, base) for other in found)
+    ]
+
+
+def keep_summary(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Remember a property's docstring, in which Napoleon takes a colon for the end of a type."""
+    if what == "property":
+        SUMMARIES[name] = list(lines)
+
+
+def restore_summary(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Undo what Napoleon did to a property: its type is in its annotation."""
+    if what == "property":
+        lines[:] = SUMMARIES.pop(name)
+
+
 PUBLIC = public_names()
+SUMMARIES: dict[str, list[str]] = {}
 
 
 def setup(app: Any) -> None:
     """Connect what this file adds to Sphinx."""
     app.connect("autodoc-process-signature", readable_signature)
+    app.connect("autodoc-process-bases", public_bases)
+    app.connect("autodoc-process-docstring", keep_summary, priority=400)
+    app.connect("autodoc-process-docstring", restore_summary, priority=600)
     app.connect("missing-reference", resolve_public_name)
