@@ -198,6 +198,9 @@ def _side_by_side(rows: list[_SiteRows]) -> _SiteRows:
             cat([d.values for d in draws], 1),
             tuple(cat(list(each), 0) for each in zip(*(d.parameters for d in draws), strict=True)),
             _cat_given([d.hard_weights for d in draws], 1),
+            coefficients=tuple(
+                cat(list(each), 1) for each in zip(*(d.coefficients for d in draws), strict=True)
+            ),
         ),
         cat([r.costs for r in rows], 1),
         cat([r.scores for r in rows], 1),
