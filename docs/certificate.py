@@ -11,10 +11,20 @@ import pyro
 import torch
 
 from pyro_nondiff.errors import NonDiffError, NonDiffWarning
-from pyro_nondiff.estimators import REBAR, REINFORCE, RELAX, RLOO, DisARM, Enumerate
+from pyro_nondiff.estimators import (
+    LAX,
+    REBAR,
+    REINFORCE,
+    RELAX,
+    RLOO,
+    DisARM,
+    Enumerate,
+    MeasureValued,
+    StraightThrough,
+)
 from pyro_nondiff.infer import TraceEstimator_ELBO, config_estimator
 from pyro_nondiff.testing import certify, certify_soft
-from tests.certificates import programs, soft_programs
+from tests.certificates import continuous_programs, programs, soft_programs
 
 HEAD = """Certificate
 ===========
@@ -59,6 +69,44 @@ its points. The rule is coarser where there are three dimensions, and what is le
      - base worlds
 """
 
+CONTINUOUS_HEAD = """
+Continuous laws
+---------------
+
+The noise is integrated by Gauss's rules, which are exact here: the costs are polynomials of the
+noise, and so is the control variate of LAX. For a Bernoulli all values are enumerated. *Runs* are
+rows of the program that a step evaluates.
+
+.. list-table::
+   :header-rows: 1
+
+   * - program
+     - law
+     - estimator
+     - bias
+     - runs
+"""
+
+BIASED_HEAD = """
+Straight through
+----------------
+
+A straight-through gradient is biased, and this is by how much: the largest difference, and the
+largest exact gradient to compare it with. The costs are quadratic in each value, so ``reinmax`` at
+temperature 1 is exact until another site depends on the value. ``gumbel_rao`` has the mean of
+``gumbel``, and ``identity`` that of ``softmax`` at temperature 1. More of this is on the page of
+:doc:`laws/straight_through`.
+
+.. list-table::
+   :header-rows: 1
+
+   * - program
+     - gradient
+     - temperature
+     - bias
+     - largest gradient
+"""
+
 HARD = {
     "one site": (programs.one_site, ("bernoulli", "one_hot", "categorical")),
     "three dependent sites": (programs.chain, ("bernoulli",)),
@@ -92,6 +140,31 @@ SOFT: list[tuple[str, Any, Any, dict[str, Any]]] = [
         {},
     ),
     ("nested plates, subsample, masks, scale", soft_programs.masked_plates, REBAR(), {}),
+]
+CONTINUOUS = {
+    "one site": (programs.one_site, 1),
+    "nested plates": (programs.nested_plates, 1),
+    "three dependent sites": (programs.chain, 3),
+}
+LAWS = {
+    "Normal": (continuous_programs.NORMAL, 1),
+    "two Normals": (continuous_programs.PAIR, 2),
+    "Exponential": (continuous_programs.EXPONENTIAL, 1),
+    "ScaleGamma": (continuous_programs.SCALE_GAMMA, 1),
+}
+STRAIGHT_THROUGH: list[tuple[str, Any]] = [
+    ("one Bernoulli", lambda: programs.one_site(programs.BERNOULLI)),
+    ("one-hot of three", lambda: programs.one_site(programs.ONE_HOT)),
+    ("two dependent Bernoullis", soft_programs.two_sites),
+]
+GRADIENTS = [
+    ("identity", 1.0),
+    ("selected", 1.0),
+    ("softmax", 0.5),
+    ("gumbel", 1.0),
+    ("gumbel", 0.5),
+    ("reinmax", 1.0),
+    ("reinmax", 0.5),
 ]
 
 
@@ -140,11 +213,63 @@ def soft_rows() -> str:
     return rows
 
 
+def continuous_rows() -> str:
+    """The table of continuous laws, and of measure-valued gradients of a discrete one."""
+    rows = ""
+    for title, (program, nodes) in CONTINUOUS.items():
+        pair = program(programs.BERNOULLI)
+        rows += continuous_row(title, "Bernoulli", MeasureValued(), pair, certify)
+        for law, (kind, size) in LAWS.items():
+            if nodes > 1 and law != "Normal":  # its scale is no polynomial of the value before
+                continue
+            for estimator in (MeasureValued(), LAX(continuous_programs.Polynomial(size))):
+                grid = {"step": 1.0, "width": 0.0, "nodes": 6 if nodes > 1 else 4}
+                pair = program(kind)
+                rows += continuous_row(title, law, estimator, pair, certify_soft, **grid)
+    return rows
+
+
+def continuous_row(
+    title: str, law: str, estimator: Any, pair: Any, certifier: Any, **grid: Any
+) -> str:
+    """One row of that table; none for a law or structure that is refused."""
+    pyro.clear_param_store()
+    pair = continuous_programs.configured(pair, estimator)
+    elbo = TraceEstimator_ELBO(worlds="vectorized")
+    try:
+        found = certifier(elbo, *pair, **grid)
+        pyro.clear_param_store()
+        plan = TraceEstimator_ELBO(worlds="vectorized").plan_of(*pair)
+    except NonDiffError:
+        return ""
+    runs = plan.base * plan.num_rows
+    return row(title, law, type(estimator).__name__, f"{found.bias:.0e}", runs)
+
+
+def biased_rows() -> str:
+    """The table of straight-through gradients."""
+    rows = ""
+    for title, program in STRAIGHT_THROUGH:
+        for gradient, temperature in GRADIENTS:
+            pyro.clear_param_store()
+            estimator = StraightThrough(gradient, temperature)
+            elbo = TraceEstimator_ELBO(estimator, worlds="vectorized")
+            if gradient == "gumbel":
+                found = certify_soft(elbo, *program(), step=0.3)
+            else:
+                found = certify(elbo, *program())
+            largest = max(float(exact.abs().max()) for exact in found.exact.values())
+            bias = f"{found.bias:.0e}" if found.bias < 1e-9 else f"{found.bias:.4f}"
+            rows += row(title, gradient, f"{temperature:g}", bias, f"{largest:.4f}")
+    return rows
+
+
 def main() -> None:
     """Certifies, and writes the page."""
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore", NonDiffWarning)
     page = HEAD + hard_rows() + SOFT_HEAD + soft_rows()
+    page += CONTINUOUS_HEAD + continuous_rows() + BIASED_HEAD + biased_rows()
     Path(__file__).with_name("certificate.rst").write_text(page)
 
 
