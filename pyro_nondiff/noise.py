@@ -70,33 +70,35 @@ Source = Callable[[Request], Tensor]
 
 def _random(request: Request) -> Tensor:
     dtype = torch.promote_types(request.dtype, torch.float32)
-    if request.kind == "gamma":
-        return _gamma(request, dtype)
-    return _KINDS[request.kind](torch.empty(request.shape, dtype=dtype, device=request.device))
+    place: dict[str, Any] = {"dtype": dtype, "device": request.device}
+    return _KINDS[request.kind](request, place)
 
 
-def _logistic(empty: Tensor) -> Tensor:
-    half_eps = torch.finfo(empty.dtype).eps / 2
-    return empty.uniform_().clamp_(half_eps, 1 - half_eps).logit_()
+def _logistic(request: Request, place: dict[str, Any]) -> Tensor:
+    half_eps = torch.finfo(place["dtype"]).eps / 2
+    return torch.rand(request.shape, **place).clamp(half_eps, 1 - half_eps).logit_()
 
 
-def _exponential(empty: Tensor) -> Tensor:
-    return empty.exponential_().clamp_(min=torch.finfo(empty.dtype).tiny)
+def _exponential(request: Request, place: dict[str, Any]) -> Tensor:
+    # drawn into random numbers, not into an empty tensor: under vmap that is one for all
+    drawn = torch.rand(request.shape, **place).exponential_()
+    return drawn.clamp(min=torch.finfo(place["dtype"]).tiny)
 
 
-def _gamma(request: Request, dtype: torch.dtype) -> Tensor:
+def _gamma(request: Request, place: dict[str, Any]) -> Tensor:
     if request.concentration is None:
         raise TypeError("gamma noise needs a concentration")
-    concentration = request.concentration.detach().to(dtype).expand(request.shape)
-    return torch._standard_gamma(concentration).clamp_(min=torch.finfo(dtype).tiny)
+    concentration = request.concentration.detach().to(**place).expand(request.shape)
+    return torch._standard_gamma(concentration).clamp(min=torch.finfo(place["dtype"]).tiny)
 
 
-_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+_KINDS: dict[str, Callable[[Request, dict[str, Any]], Tensor]] = {
     "logistic": _logistic,
-    "gumbel": lambda empty: -_exponential(empty).log(),
-    "normal": lambda empty: empty.normal_(),
+    "gumbel": lambda request, place: -_exponential(request, place).log(),
+    "normal": lambda request, place: torch.randn(request.shape, **place),
     "exponential": _exponential,
-    "rayleigh": lambda empty: (2 * _exponential(empty)).sqrt(),
+    "gamma": _gamma,
+    "rayleigh": lambda request, place: (2 * _exponential(request, place)).sqrt(),
 }
 
 _SOURCE: ContextVar[Source] = ContextVar("pyro_nondiff_noise_source", default=_random)

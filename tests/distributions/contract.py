@@ -329,11 +329,6 @@ class LawContract(ABC):
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(score, law.log_prob(expected))
 
-    @pytest.mark.xfail(
-        raises=(RuntimeError, UserWarning),
-        strict=True,
-        reason="noise.py draws in place into a tensor that vmap does not know",
-    )
     def test_vmap_of_draws(self) -> None:
         if not self.vmaps_samples:
             pytest.skip("its draw is a loop")
