@@ -25,7 +25,7 @@ Example:
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
@@ -244,8 +244,8 @@ def find_lookups(model: Program, guide: Program, *args: Any, **kwargs: Any) -> l
     for name, site in model_trace.nodes.items():
         partner = guide_trace.nodes.get(name)
         if site["type"] == "sample" and partner is not None and not site_is_subsample(site):
-            value, score = cast(Tensor, partner["value"]), cast(Tensor, site["log_prob"])
-            found.append(Scored(name, partner["fn"], site["fn"], value, score))
+            tensors: Any = (partner["value"], site["log_prob"])
+            found.append(Scored(name, partner["fn"], site["fn"], *tensors))
     return lookups(found)
 
 

@@ -8,6 +8,7 @@ from ._laws import Law as Law
 from ._laws import core as core
 from ._laws import describe as describe
 from ._laws import dtype_and_device as dtype_and_device
+from ._laws import entropy as entropy
 from ._laws import log_prob as log_prob
 from ._laws import logits as logits
 from ._laws import partly_pathwise as partly_pathwise
@@ -68,6 +69,7 @@ __all__ = [
     "core",
     "describe",
     "dtype_and_device",
+    "entropy",
     "event_dims",
     "log_prob",
     "logits",

@@ -116,6 +116,21 @@ def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tenso
     return score, score
 
 
+def entropy(law: Law) -> Tensor:
+    """The entropy of a law, with its own masks.
+
+    Raises:
+        NotImplementedError: For a law whose entropy is not known.
+    """
+    if isinstance(law, Independent):
+        return _sum_rightmost(entropy(law.base_dist), law.reinterpreted_batch_ndims)
+    if isinstance(law, MaskedDistribution):
+        return cast(Tensor, scale_and_mask(entropy(law.base_dist), mask=law._mask))
+    if isinstance(law, ExpandedDistribution):
+        return entropy(law.base_dist).expand(law.batch_shape)
+    return cast(Tensor, law.entropy())
+
+
 def score_correction(law: Law, value: Tensor) -> Tensor | None:
     """The score of what a value's path leaves out, or None for a law whose path is whole.
 

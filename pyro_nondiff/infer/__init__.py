@@ -6,6 +6,8 @@ from .elbo import TraceEstimator_ELBO as TraceEstimator_ELBO
 from .elbo import TraceREBAR_ELBO as TraceREBAR_ELBO
 from .elbo import TraceREINFORCE_ELBO as TraceREINFORCE_ELBO
 from .elbo import TraceRELAX_ELBO as TraceRELAX_ELBO
+from .expected_cost import ExpectedCost as ExpectedCost
+from .expected_cost import no_guide as no_guide
 from .objective import Step as Step
 from .plan import Branches as Branches
 from .plan import Plan as Plan
@@ -13,6 +15,7 @@ from .plan import Plan as Plan
 __all__ = [
     "Branches",
     "EstimatorELBOModule",
+    "ExpectedCost",
     "Plan",
     "Step",
     "TraceEstimator_ELBO",
@@ -20,4 +23,5 @@ __all__ = [
     "TraceREINFORCE_ELBO",
     "TraceRELAX_ELBO",
     "config_estimator",
+    "no_guide",
 ]

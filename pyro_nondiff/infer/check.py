@@ -95,15 +95,29 @@ _Key = tuple[str, bool]
 
 def _alone(pair: Pair, chunk: Chunk, row: int, base: int) -> dict[_Key, Tensor]:
     """The terms of one world, run on its own with its values."""
-    values = {
-        site.name: slice_value(site, chunk.plan, row, base) for site in chunk.sites if site.latent
-    }
+    sites = in_row(chunk, row)
+    values = {site.name: slice_value(site, chunk.plan, place, base) for site, place in sites}
     subsamples = dict(chunk.run.subsamples)
     plan = Plan(nesting=chunk.plan.nesting)
     with torch.no_grad():
         run = run_recorded(pair, Given(values, subsamples), subsamples, plan)
-        terms = terms_of(run, plan, soft=row >= chunk.plan.num_hard)
+        terms = terms_of(pair, run, plan, soft=row >= chunk.plan.num_hard)
     return {(t.site.name, t.in_guide): t.value for t in terms}
+
+
+def in_row(chunk: Chunk, row: int) -> Iterator[tuple[Site, int]]:
+    """The latent sites of a vectorised run, each with its place of a row in its value.
+
+    The model's own sites have their soft rows in a run of their own.
+    """
+    soft = row - chunk.plan.num_hard
+    for site in chunk.sites:
+        if not site.latent:
+            continue
+        if site.name in chunk.run.guide or soft < 0 or chunk.run.soft_model is None:
+            yield site, row
+        else:
+            yield chunk.run.soft_model[site.name], soft
 
 
 def slice_value(site: Site, plan: Plan, row: int, base: int) -> Tensor:

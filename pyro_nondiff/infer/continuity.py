@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..distributions import noise_kind, relaxable
+from ..distributions import continuous, relaxable
 from ..errors import NonDiffError
-from .check import Given, slice_value
+from .check import Given, in_row, slice_value
 from .execute import Chunk, Pair, run_recorded
 from .plan import Plan
 from .record import Site
@@ -49,12 +49,11 @@ def _watch_row(pair: Pair, chunk: Chunk, row: int) -> None:
     """Watches one soft row of a vectorised run."""
     rank = chunk.plan.nesting + 2
     values, soft = {}, set()
-    for site in chunk.sites:
-        if site.latent:
-            values[site.name] = slice_value(site, chunk.plan, row, 0)
-            rows = site.value.dim() == rank + site.law.event_dim and len(site.value) > 1
-            if _is_soft(site, values[site.name], rows):
-                soft.add(site.name)
+    for site, place in in_row(chunk, row):
+        values[site.name] = slice_value(site, chunk.plan, place, 0)
+        rows = site.value.dim() == rank + site.law.event_dim and len(site.value) > 1
+        if _is_soft(site, values[site.name], rows):
+            soft.add(site.name)
     _watch_world(pair, chunk, values, soft)
 
 
@@ -64,7 +63,7 @@ def _watch_branch(pair: Pair, chunk: Chunk, branch: Chunk) -> None:
     for site in branch.sites:
         if site.latent:
             values[site.name] = site.value.detach().clone()
-            twin = chunk.run.guide.get(site.name)
+            twin = chunk.run.drawn.get(site.name)
             moved = twin is None or not torch.equal(twin.value, site.value)
             if _is_soft(site, site.value, moved):
                 soft.add(site.name)
@@ -86,7 +85,7 @@ def _is_soft(site: Site, value: Tensor, moved: bool) -> bool:
     """Whether a value depends on a soft one: it is relaxed, or continuous and has moved."""
     if relaxable(site.law):
         return bool(((value != 0) & (value != 1)).any())
-    return moved and noise_kind(site.law) == "normal"
+    return moved and continuous(site.law)
 
 
 class _Watch(TorchFunctionMode):

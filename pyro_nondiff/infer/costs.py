@@ -82,14 +82,17 @@ def reaches(guide: Sequence[Site], model: Sequence[Site]) -> dict[str, int]:
     return found
 
 
-def site_costs(guide: Sequence[Site], terms: Iterable[Term], soft: bool = False) -> dict[str, Cost]:
+def site_costs(
+    guide: Sequence[Site], terms: Iterable[Term], soft: bool = False, discount: float = 1.0
+) -> dict[str, Cost]:
     """The cost of each latent site of the guide whose estimator estimates.
 
     Arguments:
-        guide: The guide's sites in their order.
+        guide: The sites that are drawn, in their order: the guide's, then the model's own.
         terms: All terms of the objective.
         soft: Take the soft rows, with their gradient, of sites that have soft worlds. Terms
             that can depend on a site that breaks soft values are left out.
+        discount: What a term is multiplied with for each later site that it waits for.
     """
     arriving: dict[int, list[Term]] = {}
     for term in terms:
@@ -117,6 +120,8 @@ def site_costs(guide: Sequence[Site], terms: Iterable[Term], soft: bool = False)
             costs[site.name] = Cost(reduce(add, pool.values()), shared, totals, left_out, count)
         if soft and site.breaks:
             pool, count, left_out = {}, 0, site.name
+        if discount != 1:
+            pool = {group: value * discount for group, value in pool.items()}
     return costs
 
 

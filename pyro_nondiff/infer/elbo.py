@@ -13,7 +13,7 @@ from ..errors import NonDiffError
 from ..estimators import REBAR, REINFORCE, RELAX, AbstractEstimator
 from ..estimators.baselines import AbstractBaseline
 from .config import check_type
-from .execute import Pair, Program
+from .execute import Chunk, Pair, Program
 from .objective import Step, evaluate, take_step
 from .plan import Plan
 from .planner import Planner, Worlds
@@ -161,7 +161,7 @@ class TraceEstimator_ELBO(ELBO):
                 "site_gradients needs one set of logits a site, and the worlds ran one by one. "
                 "Make the program broadcast."
             )
-        leaves = {name: logits(site.law) for name, site in chunks[0].run.guide.items()}
+        leaves = {name: logits(site.law) for name, site in chunks[0].run.drawn.items()}
         found = {}
         for name, surrogate in step.site_surrogates.items():
             leaf = leaves[name]
@@ -182,6 +182,7 @@ class TraceEstimator_ELBO(ELBO):
     def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Step, Tensor]:
         pair = self._pair(model, guide, args, kwargs)
         chunks = self._planner.run(pair, estimating=True)
+        self._look_at(chunks[0])
         step = take_step(pair, chunks)
         surrogate = step.surrogate.mean()
         if (own := own_gradients(step.own_losses, self.states)) is not None:
@@ -199,6 +200,17 @@ class TraceEstimator_ELBO(ELBO):
                 "Draw a OneHotCategorical in place of an indexed Categorical."
             )
         return step, surrogate
+
+    def _look_at(self, chunk: Chunk) -> None:
+        """Says what a user may not know of the sites of a run."""
+        for site in chunk.run.own.values():
+            if not site.auxiliary:
+                self._planner.warn(
+                    f"site '{site.name}' is latent in the model, and the guide does not draw it: "
+                    "it is drawn from the model's own law and adds no KL, so nothing is inferred "
+                    'of it. Draw it in the guide, or say infer={"is_auxiliary": True} if it is '
+                    "meant."
+                )
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("worlds are run by the planner, not traced one by one")

@@ -8,7 +8,7 @@ from typing import Any
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from ..distributions import log_prob
+from ..distributions import describe, entropy, log_prob
 from ..errors import NonDiffError
 from ..estimators import AbstractEstimator
 from .costs import Term, reaches
@@ -21,7 +21,18 @@ Program = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A model and a guide with their arguments and the objective's default estimator."""
+    """A model and a guide with their arguments, and how the objective treats them.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        default: The estimator of a site that has no other.
+        state_of: What a site's estimator has learnt.
+        discount: Of the cost that a site has at later ones.
+        bonus: What the entropy of each of the model's own sites is worth, or None.
+    """
 
     model: Program
     guide: Program
@@ -29,6 +40,8 @@ class Pair:
     kwargs: dict[str, Any]
     default: AbstractEstimator | None
     state_of: StateOf
+    discount: float = 1.0
+    bonus: float | Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,25 @@ class Run:
     """One run of guide and model: their sites, in the order in which they were met.
 
     The model runs a second time on the soft rows, if there are any.
+
+    Arguments:
+        guide: The guide's sites.
+        model: The model's sites.
+        own: Those of them that the guide does not have, and that the model draws.
+        soft_model: The model's sites in its soft rows.
+        subsamples: What plates have drawn.
     """
 
     guide: dict[str, Site]
     model: dict[str, Site]
+    own: dict[str, Site]
     soft_model: dict[str, Site] | None
     subsamples: dict[str, Any]
+
+    @property
+    def drawn(self) -> dict[str, Site]:
+        """The guide's sites, and behind them the model's own."""
+        return self.guide | self.own
 
     @property
     def nesting(self) -> int:
@@ -52,7 +78,7 @@ class Run:
     @property
     def branches(self) -> tuple[Branches, ...]:
         """How many worlds each site asked to branch into."""
-        asks = ((site.name, site.ask) for site in self.guide.values())
+        asks = ((site.name, site.ask) for site in self.drawn.values())
         return tuple(
             Branches(name, ask.hard, ask.soft, ask.base_mass, ask.hard_mass)
             for name, ask in asks
@@ -62,7 +88,7 @@ class Run:
     @property
     def base(self) -> int:
         """How many base worlds the sites asked for."""
-        return max((site.ask.base for site in self.guide.values()), default=1)
+        return max((site.ask.base for site in self.drawn.values()), default=1)
 
 
 @dataclass(frozen=True)
@@ -88,8 +114,8 @@ class Chunk:
 
     @property
     def sites(self) -> list[Site]:
-        """The guide's sites in their order."""
-        return list(self.run.guide.values())
+        """The sites that are drawn, in their order."""
+        return list(self.run.drawn.values())
 
 
 def run_pair(pair: Pair, plan: Plan, branch: Branch | None = None, subsamples: Any = None) -> Run:
@@ -102,17 +128,19 @@ def run_pair(pair: Pair, plan: Plan, branch: Branch | None = None, subsamples: A
 def run_recorded(pair: Pair, guide: Recorder, subsamples: dict[str, Any], plan: Plan) -> Run:
     """Runs the guide under a recorder of one's own, and the model with its values."""
     _run(pair.guide, guide, pair)
-    model = ModelWorlds(guide.sites, subsamples, plan)
+    model = ModelWorlds(guide, subsamples, plan)
     _run(pair.model, model, pair)
     if not guide.sites and not model.sites:
         raise NonDiffError("guide and model have no sample site, so there is no loss.")
     _check_partners(guide.sites, model.sites)
     soft_sites = None
     if plan.num_rows > plan.num_hard:
-        soft = ModelWorlds(guide.sites, subsamples, plan, soft=True)
+        soft = ModelWorlds(guide, subsamples, plan, hard=model)
         _run(pair.model, soft, pair)
         soft_sites = soft.sites
-    return Run(guide.sites, model.sites, soft_sites, subsamples)
+        for name in model.own.keys() & soft.own.keys():
+            model.own[name].breaks = soft.own[name].breaks
+    return Run(guide.sites, model.sites, model.own, soft_sites, subsamples)
 
 
 def _run(program: Program, recorder: Recorder, pair: Pair) -> None:
@@ -155,19 +183,27 @@ def _check_partners(guide: dict[str, Site], model: dict[str, Site]) -> None:
         )
 
 
-def terms_of(run: Run, plan: Plan, soft: bool = False) -> list[Term]:
+def terms_of(pair: Pair, run: Run, plan: Plan, soft: bool = False) -> list[Term]:
     """All terms of the objective, in worlds and plates.
 
     Arguments:
-        run: A run.
+        pair: The programs.
+        run: A run of them.
         plan: Its worlds.
         soft: Whether the run is one soft world.
     """
-    reach = reaches(list(run.guide.values()), list(run.model.values()))
+    reach = reaches(list(run.drawn.values()), list(run.model.values()))
     guide = [_guide_term(site, i, plan, soft) for i, site in enumerate(run.guide.values())]
-    return guide + [
-        _model_term(site, reach[site.name], run, plan, soft) for site in run.model.values()
+    own = [_own_term(site, reach[site.name], plan, soft) for site in run.own.values()]
+    given = (site for site in run.model.values() if site.name not in run.own)
+    model = [_model_term(site, reach[site.name], run, plan, soft) for site in given]
+    if pair.bonus is None:
+        return guide + own + model
+    bonuses = [
+        _bonus_term(site, reach[site.name] - 1, run, plan, pair.bonus, soft)
+        for site in run.own.values()
     ]
+    return guide + own + model + bonuses
 
 
 def _guide_term(site: Site, place: int, plan: Plan, soft: bool) -> Term:
@@ -181,6 +217,36 @@ def _guide_term(site: Site, place: int, plan: Plan, soft: bool) -> Term:
         return Term(site, value, score, place, True, value)
     hard = slice(None, plan.num_hard)
     return Term(site, value[hard], score[hard], place, True, value[plan.num_hard :])
+
+
+def _own_term(site: Site, place: int, plan: Plan, soft: bool) -> Term:
+    """The term of a site that the model alone draws: zero, since its two terms cancel."""
+    score, value = _scored(site, plan, soft, plan.num_hard)
+    nothing = value.new_zeros((1,) * value.dim())
+    has_soft = soft or plan.num_rows > plan.num_hard
+    return Term(site, nothing, score, place, True, nothing if has_soft else None)
+
+
+def _bonus_term(
+    site: Site, reach: int, run: Run, plan: Plan, bonus: float | Tensor, soft: bool
+) -> Term:
+    """The entropy of a site's law, which the sites before it decide."""
+    value = bonus * _entropy(site, plan)
+    soft_value = value if soft else None
+    if run.soft_model is not None:
+        soft_value = bonus * _entropy(run.soft_model[site.name], plan)
+    return Term(site, value, value, reach, False, soft_value)
+
+
+def _entropy(site: Site, plan: Plan) -> Tensor:
+    try:
+        found = entropy(site.law)
+    except NotImplementedError as error:
+        raise NonDiffError(
+            f"site '{site.name}': its law {describe(site.law)} has no entropy to give a bonus for. "
+            "Use entropy_bonus=0, and add a cost of your own."
+        ) from error
+    return lift(scale_and_mask(found, site.scale, site.mask), plan.nesting + 2)
 
 
 def _model_term(site: Site, reach: int, run: Run, plan: Plan, soft: bool) -> Term:
@@ -232,7 +298,7 @@ def execute(pair: Pair, plan: Plan, estimating: bool) -> list[Chunk]:
     if plan.single or plan.mode == "sequential":
         return list(_sequential(pair, plan, estimating))
     run = run_pair(pair, plan)
-    terms = terms_of(run, plan) if run.nesting <= plan.nesting else []
+    terms = terms_of(pair, run, plan) if run.nesting <= plan.nesting else []
     return [Chunk(plan, run, terms, plan.branches)]
 
 
@@ -252,15 +318,15 @@ def alone(pair: Pair, run: Run, step: Plan, estimating: bool) -> Chunk:
         at.site: [_branch(pair, plan, run, at.site, 1 + row) for row in range(at.hard + at.soft)]
         for at in (run.branches if estimating else ())
     }
-    return Chunk(plan, run, terms_of(run, plan), step.branches, branches)
+    return Chunk(plan, run, terms_of(pair, run, plan), step.branches, branches)
 
 
 def _branch(pair: Pair, plan: Plan, base: Run, site: str, row: int) -> Chunk:
-    branch = Branch(base.guide, site, row)
+    branch = Branch(base.drawn, site, row)
     run = run_pair(pair, plan, branch, base.subsamples)
-    return Chunk(plan, run, terms_of(run, plan, soft=branch.soft))
+    return Chunk(plan, run, terms_of(pair, run, plan, soft=branch.soft))
 
 
 def sites_of(chunks: Sequence[Chunk]) -> list[str]:
-    """The names of the guide's sites, in the order of their first meeting."""
-    return list(dict.fromkeys(name for chunk in chunks for name in chunk.run.guide))
+    """The names of the sites that are drawn, in the order of their first meeting."""
+    return list(dict.fromkeys(name for chunk in chunks for name in chunk.run.drawn))

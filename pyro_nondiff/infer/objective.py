@@ -61,7 +61,7 @@ def take_step(pair: Pair, chunks: Sequence[Chunk]) -> Step:
     """
     parts = [pathwise(chunk) for chunk in chunks]
     step = Step(-torch.cat([loss for loss, _ in parts]), -torch.cat([path for _, path in parts]))
-    for rows in _estimated_sites(chunks, step):
+    for rows in _estimated_sites(pair, chunks, step):
         _estimate(pair, rows, step)
     return step
 
@@ -108,7 +108,7 @@ def _site_surrogate(site: Site, found: Estimate, rows: _SiteRows) -> Tensor:
 # --- the estimated part: a site with its costs in its own worlds -----------------------
 
 
-def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
+def _estimated_sites(pair: Pair, chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
     """Each estimated site, with base worlds that ran apart put side by side."""
     found: dict[str, list[_SiteRows]] = {}
     first = 0
@@ -116,12 +116,12 @@ def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
         worlds = list(range(first, first + chunk.plan.base))
         first += chunk.plan.base
         soft = chunk.plan.num_rows > chunk.plan.num_hard
-        costs = site_costs(chunk.sites, chunk.terms)
-        soft_costs = site_costs(chunk.sites, chunk.terms, soft=True) if soft else {}
+        costs = site_costs(chunk.sites, chunk.terms, discount=pair.discount)
+        soft_costs = site_costs(chunk.sites, chunk.terms, soft, pair.discount) if soft else {}
         for name, cost in costs.items():
-            site = chunk.run.guide[name]
+            site = chunk.run.drawn[name]
             _check_shared(site, cost, step)
-            rows = _site_rows(site, cost, soft_costs.get(name), chunk, worlds, step)
+            rows = _site_rows(pair, site, cost, soft_costs.get(name), chunk, worlds, step)
             found.setdefault(name, []).append(rows)
     merged: list[_SiteRows] = []
     for parts in found.values():
@@ -131,7 +131,13 @@ def _estimated_sites(chunks: Sequence[Chunk], step: Step) -> list[_SiteRows]:
 
 
 def _site_rows(
-    site: Site, cost: Cost, soft_cost: Cost | None, chunk: Chunk, worlds: list[int], step: Step
+    pair: Pair,
+    site: Site,
+    cost: Cost,
+    soft_cost: Cost | None,
+    chunk: Chunk,
+    worlds: list[int],
+    step: Step,
 ) -> _SiteRows:
     score = _score(site, chunk)
     hard, soft = chunk.plan.rows_of(site.name)
@@ -142,7 +148,7 @@ def _site_rows(
         values.append(_rows(soft_cost.value, own))
         totals.append(_rows(soft_cost.totals, own))
     for row, branch in enumerate(chunk.branches.get(site.name, ())):
-        branch_cost, branch_score = _branch_rows(site.name, branch, row >= site.ask.hard)
+        branch_cost, branch_score = _branch_rows(pair, site.name, branch, row >= site.ask.hard)
         values.append(branch_cost.value)
         if row < site.ask.hard:
             scores.append(branch_score)
@@ -166,8 +172,8 @@ def _score(site: Site, chunk: Chunk) -> Tensor:
     return next(t.score for t in chunk.terms if t.in_guide and t.site is site)
 
 
-def _branch_rows(name: str, branch: Chunk, soft: bool) -> tuple[Cost, Tensor]:
-    costs = site_costs(branch.sites, branch.terms, soft)
+def _branch_rows(pair: Pair, name: str, branch: Chunk, soft: bool) -> tuple[Cost, Tensor]:
+    costs = site_costs(branch.sites, branch.terms, soft, pair.discount)
     score = next(t.score for t in branch.terms if t.in_guide and t.site.name == name)
     return costs[name], score
 

@@ -50,7 +50,7 @@ def _weighted(value: Tensor, weights: Tensor | None) -> Tensor:
 
 def _pieces(chunk: Chunk) -> Iterator[tuple[Chunk, WeightsOf]]:
     """The runs that hold the rows, each with the weights of its rows for a term's frames."""
-    met = [site for site in chunk.run.guide.values() if site.ask.hard]
+    met = [site for site in chunk.sites if site.ask.hard]
     if chunk.plan.num_hard > 1:
         yield chunk, cache(partial(_row_weights, chunk, met))
         return
@@ -83,8 +83,8 @@ def _shares(chunk: Chunk) -> tuple[float, dict[str, float]]:
     planned = [at for at in chunk.planned if at.hard]
     base = min((at.base_mass for at in planned), default=1.0)
     total = base + sum(at.hard_mass for at in planned)
-    met = {at.site: at.hard_mass / total for at in planned if at.site in chunk.run.guide}
-    return 1 - sum(met.values()), dict.fromkeys(chunk.run.guide, 0.0) | met
+    met = {at.site: at.hard_mass / total for at in planned if at.site in chunk.run.drawn}
+    return 1 - sum(met.values()), dict.fromkeys(chunk.run.drawn, 0.0) | met
 
 
 def _site_weights(site: Site, chunk: Chunk, share: float, frames: Frames) -> Tensor:

@@ -66,12 +66,26 @@ class Recorder(Messenger):
             if msg["value"] is None and msg["name"] in self.subsamples:
                 msg["value"] = self.subsamples[msg["name"]]
                 msg["done"] = True
-        elif msg["value"] is None and not msg["is_observed"]:
-            self.give_value(msg)
+        elif not msg["is_observed"]:
+            (self.give_value if msg["value"] is None else self.keep_value)(msg)
 
     def give_value(self, msg: Any) -> None:
         """Sets the value of a latent site."""
         raise NotImplementedError
+
+    def keep_value(self, msg: Any) -> None:
+        """Takes note of a latent site whose value comes from a handler inside."""
+
+    def complete(self, site: Site) -> None:
+        """Adds to the record of a site what was drawn beside its value."""
+
+    def start_model(self, rows: slice, known: Mapping[str, Site]) -> None:
+        """Says that a model is run next, which may ask for values of sites of its own.
+
+        Arguments:
+            rows: The rows that the model is run on.
+            known: Such sites in the hard rows, if the run is on the soft ones.
+        """
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -103,31 +117,56 @@ class Recorder(Messenger):
 
 
 class ModelWorlds(Recorder):
-    """Gives the model's latent sites the guide's values, of its hard or of its soft rows."""
+    """Gives the model's latent sites the guide's values, of its hard or of its soft rows.
+
+    A site that the guide does not have is the model's own: it is drawn from its law there.
+
+    Arguments:
+        guide: The recorder of the guide, after its run.
+        subsamples: Those of the guide.
+        plan: The worlds.
+        hard: The recorder of the model on the hard rows, if this one is for the soft rows.
+    """
 
     def __init__(
         self,
-        guide: Mapping[str, Site],
+        guide: Recorder,
         subsamples: dict[str, Any],
         plan: Plan,
-        soft: bool = False,
+        hard: "ModelWorlds | None" = None,
     ) -> None:
         super().__init__("model", subsamples)
         self.guide = guide
         self.plan = plan
-        self.soft = soft
+        self.soft = hard is not None
+        self.own: dict[str, Site] = {}
+        rows = slice(plan.num_hard, plan.num_rows) if self.soft else slice(0, plan.num_hard)
+        guide.start_model(rows, {} if hard is None else hard.own)
 
     def give_value(self, msg: Any) -> None:
         name = msg["name"]
         refuse_enumeration(name, msg["infer"])
-        partner = self.guide.get(name)
-        if partner is None or partner.observed or partner.auxiliary:
+        partner = self.guide.sites.get(name)
+        if partner is None:
+            self.guide.give_value(msg)
+        elif partner.observed or partner.auxiliary:
             raise NonDiffError(
-                f"site '{name}' is latent in the model, and the guide does not draw it: the "
-                f"guide's sites are {sorted(self.guide)}. Draw it in the guide, or observe it "
-                "in the model."
+                f"site '{name}' is latent in the model, and observed or auxiliary in the guide. "
+                "Draw it in the guide, give it another name, or observe it in the model."
             )
-        msg["value"], msg["done"] = self._rows(partner), True
+        else:
+            msg["value"], msg["done"] = self._rows(partner), True
+
+    def keep_value(self, msg: Any) -> None:
+        if msg["name"] not in self.guide.sites:
+            self.guide.keep_value(msg)
+
+    def record(self, msg: Any) -> None:
+        super().record(msg)
+        site = self.sites[msg["name"]]
+        if site.latent and site.name not in self.guide.sites:
+            self.guide.complete(site)
+            self.own[site.name] = site
 
     def _rows(self, partner: Site) -> Tensor:
         value = partner.value

@@ -1,6 +1,6 @@
 """Draws a guide's sites once for all worlds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from .. import noise as noise_source
 from ..distributions import (
     Law,
     base_row,
+    conditional,
     continuous,
     dtype_and_device,
     logits,
@@ -25,8 +26,8 @@ from ..distributions import (
     wide_logits,
 )
 from ..errors import NonDiffError
-from ..estimators import AbstractEstimator, Ask, Draw
-from .config import choose
+from ..estimators import AbstractEstimator, Ask, Auto, Draw
+from .config import KEY, choose
 from .plan import Plan, lift, lift_behind
 from .record import Recorder, Site, refuse_enumeration
 
@@ -55,7 +56,10 @@ StateOf = Callable[[str, AbstractEstimator, Law], nn.Module | None]
 
 
 class GuideWorlds(Recorder):
-    """Draws the guide's sites, with one noise a base world and a value a world."""
+    """Draws the guide's sites, with one noise a base world and a value a world.
+
+    It draws the model's own sites too, in the rows that the model is run on.
+    """
 
     def __init__(
         self,
@@ -72,7 +76,21 @@ class GuideWorlds(Recorder):
         self.branch = branch
         self._upstream = branch is not None
         self._temperatures: list[Tensor] = []
+        self._guide_temperatures: list[Tensor] | None = None
+        self._rows = slice(0, plan.num_rows)
+        self._known: Mapping[str, Site] = {}
         self._drawn: dict[str, Any] = {}
+
+    @property
+    def _has_soft(self) -> bool:
+        """Whether there are soft rows among those of the run."""
+        return self._rows.stop > self.plan.num_hard
+
+    def start_model(self, rows: slice, known: Mapping[str, Site]) -> None:
+        if self._guide_temperatures is None:
+            self._guide_temperatures = self._temperatures
+        self._temperatures = list(self._guide_temperatures)
+        self._rows, self._known = rows, known
 
     def give_value(self, msg: Any) -> None:
         name, law = msg["name"], msg["fn"]
@@ -84,9 +102,36 @@ class GuideWorlds(Recorder):
         msg["value"] = self._draw(name, law) if value is None else value
         msg["done"] = True
 
+    def keep_value(self, msg: Any) -> None:
+        name, law, value = msg["name"], msg["fn"], msg["value"]
+        chosen = KEY in msg["infer"] or not law.has_rsample
+        infer = msg["infer"] if chosen else {**msg["infer"], KEY: self.default or Auto()}
+        estimator = choose(name, law, infer, self.default)
+        ask = estimator.ask(law)
+        second = ask.second and relaxable(law)
+        if ask.base > 1 or ask.hard or ask.soft or ask.pathwise or (ask.draws and not second):
+            raise NonDiffError(
+                f"site '{name}': its value is given, and {estimator!r} draws values of its own. "
+                "Use REINFORCE with a baseline, or RELAX(relaxed_cost=False) for a Bernoulli or "
+                "OneHotCategorical."
+            )
+        self._drawn = {"estimator": estimator, "ask": ask, "draw": Draw(value.unsqueeze(0))}
+        if second and self.branch is None:
+            noise = self._noise_given(name, law, value)
+            state = self.state_of(name, estimator, law)
+            second_noise = self._noise(name, law, "v")
+            self._drawn["draw"] = estimator.draw(law, value, noise, second_noise, state)
+
+    def _noise_given(self, name: str, law: Law, value: Tensor) -> Tensor | None:
+        """Noise that makes a value which was given."""
+        fresh, leaf = self._noise(name, law, "given"), wide_logits(law).detach()
+        return None if fresh is None else conditional(law, leaf, value, fresh) - leaf
+
     def record(self, msg: Any) -> None:
         super().record(msg)
-        site = self.sites[msg["name"]]
+        self.complete(self.sites[msg["name"]])
+
+    def complete(self, site: Site) -> None:
         for field_name, value in self._drawn.items():
             setattr(site, field_name, value)
         self._drawn = {}
@@ -98,7 +143,7 @@ class GuideWorlds(Recorder):
         site = self.branch.base.get(name)
         if site is None:
             raise NonDiffError(
-                f"the guide met site '{name}' in one run and not in another, with all earlier "
+                f"the program met site '{name}' in one run and not in another, with all earlier "
                 "values the same: it depends on randomness outside sample sites. Draw that at a "
                 "sample site, or use an estimator without branches, such as RLOO()."
             )
@@ -112,11 +157,17 @@ class GuideWorlds(Recorder):
         ask: Ask = self._drawn["ask"]
         law = self._drawn["estimator"].drawn_from(law)
         noise = self._noise(name, law, ask.role)
-        value = self._values(law, noise, ask)
+        known = self._known.get(name)
+        if noise is None and known is not None and known.draw is not None and self._alike(law):
+            value = known.draw.values[0]
+        else:
+            value = self._values(law, noise, ask)
         rank = self.plan.nesting + 2
         single = self.plan.num_rows == 1 or value.dim() < rank + law.event_dim
         draw = Draw((value if single else value[:1]).unsqueeze(0))
-        if ask.draws and self.branch is None:
+        if known is not None and known.draw is not None:
+            draw = known.draw
+        elif ask.draws and self.branch is None:
             estimator: AbstractEstimator = self._drawn["estimator"]
             state = self.state_of(name, estimator, law) if ask.second else None
             second = self._noise(name, law, "v", ask.second_kind) if ask.second else None
@@ -136,16 +187,21 @@ class GuideWorlds(Recorder):
         concentration = noise_concentration(law)
         if concentration is not None and not _fits(concentration, shape):
             return None  # it differs between rows, which can share no noise then
-        if self.branch is not None and name in self.branch.base:
-            shared = self.branch.base[name].noise
-            if shared is not None and shared.shape == shape:
-                return shared
+        shared = self._shared_noise(name)
+        if shared is not None and lift(shared, len(shape)).shape == shape:
+            return lift(shared, len(shape))
         dtype, device = dtype_and_device(law)
         if is_validation_enabled():
             _refuse_nan(name, law)
         place = tuple(shape), dtype, device
         request = noise_source.Request(name, kind, *place, role, law, concentration)
         return noise_source.draw(request)
+
+    def _shared_noise(self, name: str) -> Tensor | None:
+        """The noise that a site has had in the run which this one branches from, or completes."""
+        before = self._known if self.branch is None else self.branch.base
+        site = before.get(name)
+        return None if site is None else site.noise
 
     def _worldly(self, shape: torch.Size, law: Law, rows: bool = False) -> torch.Size:
         """The shape of a law's draws: one for each base world, and for each row if asked."""
@@ -167,9 +223,9 @@ class GuideWorlds(Recorder):
         if self.branch is not None and self.branch.temperature is not None:
             return self._soft_values(law, noise, value, self.branch.temperature, None)
         rows = value.dim() - law.event_dim == self.plan.nesting + 2 and value.shape[0] > 1
-        if not rows or not self._temperatures:
+        if not rows or not self._temperatures or not self._has_soft:
             return value if ask.pathwise else value.detach()
-        start = self.plan.num_hard
+        start = self.plan.num_hard - self._rows.start
         stop = start + sum(len(each) for each in self._temperatures)
         behind = [1] * (value.dim() - 1)
         temperature = torch.cat(self._temperatures).reshape(-1, *behind)
@@ -194,14 +250,18 @@ class GuideWorlds(Recorder):
             self._drawn["breaks"] = True
         return value if rows is None else value[rows]
 
+    def _alike(self, law: Law) -> bool:
+        """Whether a law is the same in all rows."""
+        return len(law.batch_shape) < self.plan.nesting + 2 or law.batch_shape[0] == 1
+
     def _fresh(self, law: Law, ask: Ask) -> Tensor:
         """A draw from a law that is no map of noise: afresh in each world."""
         shape = self._worldly(law.batch_shape, law, rows=True)
         if shape != law.batch_shape:
             law = law.expand(shape)
-        has_rows = len(shape) == self.plan.nesting + 2 and shape[0] > 1
         soft_branch = self.branch is not None and self.branch.temperature is not None
-        self._drawn["breaks"] = (has_rows and bool(self._temperatures)) or soft_branch
+        soft_rows = not self._alike(law) and self._has_soft and bool(self._temperatures)
+        self._drawn["breaks"] = soft_rows or soft_branch
         value: Tensor = law.rsample() if ask.pathwise else law.sample()
         if ask.corrected:
             self._drawn["correction"] = score_correction(law, value)
@@ -221,20 +281,25 @@ class GuideWorlds(Recorder):
         if expanded:
             inner = torch.Size((self.plan.base,)) + inner[1:]
             value = value.expand(-1, *inner)
-        rows = value.expand(self.plan.num_rows, *inner)
+        rows = value.expand(self._rows.stop - self._rows.start, *inner)
         if own == (0, 0):
             return rows
         branches = lift_behind(draw.values[1:], rank)[:, 0].expand(-1, *inner)
         if draw.temperature is not None and ask.soft:
             self._temperatures.append(draw.temperature.expand(ask.soft))
-        pieces = [
-            rows[: hard.start],
-            branches[: ask.hard],
-            rows[hard.stop : soft.start],
-            branches[ask.hard :],
-            rows[soft.stop :],
-        ]
-        return torch.cat(pieces)
+        all_rows = range(self._rows.start, self._rows.stop)
+        if hard.start in all_rows:
+            rows = _placed(rows, branches[: ask.hard], hard.start - self._rows.start)
+        if soft.start in all_rows:
+            rows = _placed(rows, branches[ask.hard :], soft.start - self._rows.start)
+        return rows
+
+
+def _placed(rows: Tensor, own: Tensor, start: int) -> Tensor:
+    """Rows with some of them replaced."""
+    if not len(own):
+        return rows
+    return torch.cat([rows[:start], own, rows[start + len(own) :]])
 
 
 def _fits(concentration: Tensor, shape: torch.Size) -> bool:

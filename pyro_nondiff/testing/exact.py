@@ -41,6 +41,8 @@ def exact_loss(
 
     .. math:: -\sum_z q(z) [\log p(x, z) - \log q(z)]
 
+    A site that the model alone has is summed over under its own law, and adds no term.
+
     over all joint values of the guide's discrete sites, by Gauss's quadrature over the noise of
     its continuous ones. Scales and masks act as they do in Pyro.
 
@@ -111,15 +113,18 @@ def _pieces(model: Program, guide: Program, args: Any, kwargs: Any, nodes: int) 
         outcome = _Outcome(walk, nodes)
         with outcome:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            replayed = poutine.replay(model, trace=guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        drawn = set(guide_trace.nodes)
         traces = [prune_subsample_sites(trace) for trace in (model_trace, guide_trace)]
-        ratio = traces[0].log_prob_sum() - traces[1].log_prob_sum()
-        yield -outcome.probability * ratio
+        model_sum = traces[0].log_prob_sum(
+            lambda name, site: site["is_observed"] or name in drawn  # not the model's own sites
+        )
+        yield -outcome.probability * (model_sum - traces[1].log_prob_sum())
 
 
 class _Outcome(Messenger):
-    """Gives each latent site of a guide the value that a walk chooses."""
+    """Gives each latent site that has no value the one that a walk chooses."""
 
     def __init__(self, walk: Walk, nodes: int) -> None:
         super().__init__()

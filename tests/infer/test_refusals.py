@@ -109,14 +109,6 @@ def test_guide_site_without_a_partner() -> None:
     )
 
 
-def test_model_site_without_a_partner() -> None:
-    def extra(x: Tensor) -> None:
-        model(x)
-        pyro.sample("lonely", dist.Bernoulli(0.5))
-
-    check_nothing_is_trained(extra, guide, TraceEstimator_ELBO(), r"site 'lonely' is latent")
-
-
 def test_guide_site_that_the_model_observes() -> None:
     conditioned = pyro.poutine.condition(model, data={"z": torch.ones(3)})
     check_nothing_is_trained(conditioned, guide, TraceEstimator_ELBO(), r"site 'z'.*observes it")
