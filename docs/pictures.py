@@ -178,7 +178,7 @@ def hard_concrete() -> Figure:
     places = (-2.0, 0.0, 2.0)
     for logit in places:
         law = laws.HardConcrete(torch.tensor(logit))
-        curve(top, x, law.log_prob(x).exp(), f"logit {logit:+g}")
+        curve(top, x, law.log_prob(x).exp(), f"logit {logit:g}")
     top.set(xlim=(0, 1), ylim=(0, 1.4), xlabel="value", ylabel="density between")
     top.legend(loc="upper center", ncols=3, columnspacing=1)
     gate = laws.HardConcrete(torch.tensor(places))
@@ -190,7 +190,7 @@ def hard_concrete() -> Figure:
         ("exactly 1", gate.prob_one, accent, 0.9),
     ):
         options = {"left": start, "color": colour, "alpha": alpha, "label": part}
-        bottom.barh([f"{logit:+g}" for logit in places], size, 0.6, **options)
+        bottom.barh([f"{logit:g}" for logit in places], size, 0.6, **options)
         for row, (left, width) in enumerate(zip(start.tolist(), size.tolist(), strict=True)):
             if width > 0.08:
                 ink = matplotlib.rcParams["text.color"] if alpha < 0.5 else "white"
