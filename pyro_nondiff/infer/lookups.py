@@ -35,10 +35,17 @@ def lookups(sites: Iterable[Scored]) -> list[str]:
         "value up, which gives it no gradient there, and the guide ends far from the posterior. "
         "Draw StraightThroughOneHotCategorical or StraightThroughBernoulli in the model too."
         for site in sites
-        if site.guide_law.support.is_discrete
+        if _discrete(site.guide_law)
         and site.value.requires_grad
         and not _depends(site.score, site.value)
     ]
+
+
+def _discrete(law: Law) -> bool:
+    try:
+        return bool(law.support.is_discrete)
+    except NotImplementedError:  # Pyro's Rejector says nothing of its support
+        return False
 
 
 def _depends(score: Tensor, value: Tensor) -> bool:
