@@ -45,13 +45,13 @@ class ExpectedCost(TraceEstimator_ELBO):
         >>> from pyro.infer import SVI
         >>> from pyro_nondiff.estimators import RLOO
         >>> from pyro_nondiff.infer import ExpectedCost, no_guide
-        >>> from pyro_nondiff.ops import cost
+        >>> from pyro_nondiff.ops import cost, external
         >>> price = {0: 3.0, 1: 1.0, 2: 2.0}  # a look-up has no derivative
         >>> def program():
         ...     logits = pyro.param("logits", torch.zeros(3))
         ...     with pyro.plate("buyers", 10):
         ...         item = pyro.sample("item", dist.Categorical(logits=logits))
-        ...         cost("price", torch.tensor([price[i] for i in item.flatten().tolist()]).reshape(item.shape))
+        ...         cost("price", external("look up", lambda i: price[int(i)], item))
         >>> svi = SVI(program, no_guide, pyro.optim.Adam({"lr": 0.1}), ExpectedCost(RLOO(4)))
         >>> for _ in range(50):
         ...     loss = svi.step()

@@ -77,6 +77,12 @@ def _estimate(pair: Pair, rows: _SiteRows, step: Step) -> None:
     context = Context(site.name, pair.args, pair.kwargs, shape, rows.soft_totals)
     if site.estimator is None:
         raise TypeError("an estimated site has an estimator")
+    if site.unserved:
+        raise NonDiffError(
+            f"site '{site.name}': its value is given, and {site.estimator!r} draws values of its "
+            "own. Use REINFORCE with a baseline, or RELAX(relaxed_cost=False) for a Bernoulli or "
+            "OneHotCategorical."
+        )
     state = pair.state_of(site.name, site.estimator, site.law)
     found = site.estimator.estimate(rows.draw, rows.costs, state, context)
     surrogate = _site_surrogate(site, found, rows)

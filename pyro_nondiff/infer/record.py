@@ -40,6 +40,7 @@ class Site:
     noise: Tensor | None = None
     correction: Tensor | None = None
     breaks: bool = False
+    unserved: bool = False
 
     @property
     def latent(self) -> bool:

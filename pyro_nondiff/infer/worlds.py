@@ -109,14 +109,12 @@ class GuideWorlds(Recorder):
         estimator = choose(name, law, infer, self.default)
         ask = estimator.ask(law)
         second = ask.second and relaxable(law)
-        if ask.base > 1 or ask.hard or ask.soft or ask.pathwise or (ask.draws and not second):
-            raise NonDiffError(
-                f"site '{name}': its value is given, and {estimator!r} draws values of its own. "
-                "Use REINFORCE with a baseline, or RELAX(relaxed_cost=False) for a Bernoulli or "
-                "OneHotCategorical."
-            )
-        self._drawn = {"estimator": estimator, "ask": ask, "draw": Draw(value.unsqueeze(0))}
-        if second and self.branch is None:
+        more = ask.base > 1 or ask.hard or ask.soft or ask.pathwise or (ask.draws and not second)
+        if more:  # no matter where the loss alone is wanted
+            ask = Ask()
+        draw = Draw(value.unsqueeze(0))
+        self._drawn = {"estimator": estimator, "ask": ask, "draw": draw, "unserved": bool(more)}
+        if second and not more and self.branch is None:
             noise = self._noise_given(name, law, value)
             state = self.state_of(name, estimator, law)
             second_noise = self._noise(name, law, "v")

@@ -90,7 +90,7 @@ def given(value: Tensor) -> Any:
         is_observed=False,
         args=(),
         kwargs={},
-        infer={},
+        infer={"is_auxiliary": True},
     )
     return pyro.poutine.replay(policy, trace=trace)
 
@@ -101,9 +101,7 @@ ACTIONS = torch.tensor([1.0, 0.0, 0.0, 1.0])
 
 def test_a_given_value_has_the_score_of_its_law() -> None:
     elbo = TraceEstimator_ELBO(REINFORCE())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NonDiffWarning)
-        loss = elbo.differentiable_loss(given(ACTIONS), no_guide, DATA)
+    loss = elbo.differentiable_loss(given(ACTIONS), no_guide, DATA)
     (found,) = torch.autograd.grad(loss, pyro.param("policy").unconstrained())
     leaf = pyro.param("policy")
     law = dist.Bernoulli(logits=leaf[0] + leaf[1] * DATA)
@@ -124,9 +122,7 @@ def test_relax_of_a_given_value_has_the_right_mean() -> None:
     mean, variance = torch.zeros(()), torch.zeros(())
     for value, weight in ((0.0, 1 - p), (1.0, p)):
         program = given(torch.full_like(many, value))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NonDiffWarning)
-            gradients = elbo.site_gradients(program, no_guide, many)["action"]
+        gradients = elbo.site_gradients(program, no_guide, many)["action"]
         mean = mean + weight * gradients.mean()
         variance = variance + weight**2 * gradients.var() / len(many)
     exact = p * (1 - p) * ((2 - DATA[0]).abs() - DATA[0].abs())
@@ -142,7 +138,5 @@ def test_an_estimator_that_draws_cannot_serve_a_given_value(estimator: Any) -> N
 
 def test_a_baseline_serves_a_given_value() -> None:
     elbo = TraceEstimator_ELBO(REINFORCE(MovingAverage()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NonDiffWarning)
-        elbo.loss_and_grads(given(ACTIONS), no_guide, DATA)
+    elbo.loss_and_grads(given(ACTIONS), no_guide, DATA)
     assert float(elbo.states.get_submodule("action").mean) != 0
