@@ -1,0 +1,112 @@
+"""What makes an op an effect: handlers answer for it, and a trace sees the value.
+
+A program calls ``op(name, *args)``. The handlers around it are asked, from the innermost out, who
+answers; with no answer the op does the plain, hard thing. An answer is a value, which is recorded
+as ``pyro.deterministic`` does, or a law, from which the value is drawn at a sample site of the op's
+name. So what Pyro's own handlers do with sites they do with ops.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple
+
+import pyro
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.runtime import am_i_wrapped, effectful
+from torch import Tensor
+
+from ..errors import NonDiffError
+
+__all__ = ["Answer", "Call", "Value", "decide", "op"]
+
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op as a program meets it.
+
+    Arguments:
+        op: The op, such as ``argmax``.
+        name: The name that the program gives it.
+        plain: What it does with no handler, ``plain(name, *args, **kwargs)``.
+    """
+
+    op: Op
+    name: str
+    plain: Callable[..., Any]
+
+
+class Answer(NamedTuple):
+    """What an op does.
+
+    Arguments:
+        respond: Makes the value, or the law to draw it from: ``respond(name, *args, **kwargs)``.
+        hard: Whether the value is one that the op itself could give.
+    """
+
+    respond: Callable[..., Any]
+    hard: bool
+
+
+class Value(NamedTuple):
+    """An op's value, and whether it is known to be hard."""
+
+    value: Any
+    hard: bool
+
+
+@effectful(type="nondiff")
+def _ask(call: Call) -> Answer:
+    """Asks the handlers who answers; the default of the effect is the op itself."""
+    return Answer(call.plain, hard=True)
+
+
+def decide(op: Op, plain: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Value:
+    """An op's value, by the handlers around it and Pyro's."""
+    if not isinstance(name, str):
+        raise NonDiffError(
+            f"{op.__name__}: the first argument is the op's name, found {type(name).__name__}. "
+            f'Write {op.__name__}("name", ...).'
+        )
+    answer: Answer = _ask(Call(op, name, plain), name=name)
+    found = answer.respond(name, *args, **kwargs)
+    if isinstance(found, TorchDistributionMixin):
+        return Value(pyro.sample(name, found), hard=False)
+    if not am_i_wrapped() or not isinstance(found, Tensor):
+        return Value(found, answer.hard)
+    recorded = pyro.deterministic(name, found)
+    return Value(recorded, answer.hard and recorded is found)
+
+
+def op(plain: Callable[..., Any]) -> Op:
+    """Makes an op of a function ``plain(name, *args, **kwargs)`` that does the hard thing.
+
+    Handlers learn about it by ``@handler.rule(op)``.
+
+    Arguments:
+        plain: What the op does with no handler. It returns a tensor.
+
+    Example:
+        >>> from pyro_nondiff.handlers import soften
+        >>> from pyro_nondiff.ops import op
+        >>> @op
+        ... def sign(name, x):
+        ...     return x.sign().detach()
+        >>> @soften.rule(sign)
+        ... def soft_sign(handler, name, x):
+        ...     return (x / handler.temperature).tanh()
+        >>> x = torch.tensor([-1.0, 2.0])
+        >>> sign("s", x)
+        tensor([-1.,  1.])
+        >>> with soften(temperature=0.5):
+        ...     sign("s", x)
+        tensor([-0.9640,  0.9993])
+    """
+
+    @wraps(plain)
+    def perform(name: str, *args: Any, **kwargs: Any) -> Any:
+        return decide(perform, plain, name, *args, **kwargs).value
+
+    return perform
