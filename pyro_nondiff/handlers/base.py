@@ -11,13 +11,13 @@ from torch import nn
 from ..errors import NonDiffError
 from ..ops._op import Answer, Call, Op
 
-__all__ = ["AbstractHandler", "Sites"]
+__all__ = ["AbstractChooser", "AbstractHandler", "Sites"]
 
 Sites: TypeAlias = str | Collection[str] | Callable[[str], bool] | None
-"""The names of the ops that a handler is for, or a predicate on them; None for all."""
+"""Names of sites, or a predicate on them; None for all."""
 
 Rule: TypeAlias = Callable[..., Any]
-"""What a handler does with an op: ``rule(handler, name, *args, **kwargs)``, a value or a law."""
+"""What a handler does with an op: ``rule(handler, name, *args, **kwargs)``."""
 
 
 class AbstractChooser(Messenger, ABC):
@@ -28,6 +28,9 @@ class AbstractChooser(Messenger, ABC):
 
     Arguments:
         sites: The sites that it is for: names, a predicate on names, or None for all.
+
+    Raises:
+        NonDiffError: At the end of a program that did not meet one of the names.
     """
 
     def __init__(self, sites: Sites = None) -> None:
@@ -36,7 +39,7 @@ class AbstractChooser(Messenger, ABC):
         self._met: set[str] = set()
 
     def is_for(self, name: str) -> bool:
-        """Whether a site is one of ``sites``; it counts as met."""
+        """Whether a site that the program meets is one of ``sites``."""
         self._met.add(name)
         if self.sites is None:
             return True
@@ -65,16 +68,16 @@ class AbstractChooser(Messenger, ABC):
 class AbstractHandler(AbstractChooser):
     """Says how ops are smoothed: it has a rule an op, and the innermost that applies wins.
 
-    With ``sites=None`` an op that the handler has no rule for passes to the next one outside; if
-    ``sites`` picks it, that is an error.
+    With ``sites=None`` an op that the handler has no rule for passes to the next one outside. If
+    ``sites`` picks such an op, that is an error.
 
     Arguments:
-        sites: The ops that it is for: names, a predicate on names, or None for all it has a rule
-            for.
+        sites: The ops that it is for: names, a predicate on names, or None for all that it has a
+            rule for.
 
     Raises:
         NonDiffError: For an op that ``sites`` picks and the handler has no rule for; at the end of
-            a program that did not meet one of the names in ``sites``.
+            a program that did not meet one of the names.
     """
 
     rules: ClassVar[dict[Op, Rule]] = {}
@@ -89,7 +92,7 @@ class AbstractHandler(AbstractChooser):
 
         Arguments:
             op: The op. The rule is called as ``rule(handler, name, *args, **kwargs)`` and returns
-                the op's value, or a law to draw it from.
+                the op's value, or :class:`pyro_nondiff.ops.Drawn` for a sample site.
         """
 
         def learn(rule: Rule) -> Rule:
@@ -113,10 +116,10 @@ class AbstractHandler(AbstractChooser):
     def _pyro_nondiff(self, msg: Any) -> None:
         """Answers for an op, unless a handler further in has."""
         (call,) = msg["args"]
-        if self.is_for(call.name) and msg["value"] is None:
-            respond = self.find(call)
-            if respond is not None:
-                msg["value"] = Answer(respond, self.hard)
+        if not self.is_for(call.name) or msg["value"] is not None:
+            return
+        if (respond := self.find(call)) is not None:
+            msg["value"] = Answer(respond, self.hard)
 
 
 class _Handled(nn.Module):

@@ -7,35 +7,30 @@ name. So what Pyro's own handlers do with sites they do with ops.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
 
 import pyro
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor
 
 from ..errors import NonDiffError
 
-__all__ = ["Answer", "Call", "Value", "decide", "op"]
+__all__ = ["Answer", "Call", "Drawn", "Op", "Value", "decide", "op", "plain"]
 
 Op = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """An op as a program meets it.
 
     Arguments:
         op: The op, such as ``argmax``.
         name: The name that the program gives it.
-        plain: What it does with no handler, ``plain(name, *args, **kwargs)``.
     """
 
     op: Op
     name: str
-    plain: Callable[..., Any]
 
 
 class Answer(NamedTuple):
@@ -50,6 +45,32 @@ class Answer(NamedTuple):
     hard: bool
 
 
+class Drawn(NamedTuple):
+    """The answer that an op's value is drawn at a sample site of the op's name.
+
+    Arguments:
+        law: The law of the site.
+        then: What makes the op's value of the site's; None if it is the same.
+
+    Example:
+        >>> from pyro_nondiff.handlers import randomize
+        >>> from pyro_nondiff.ops import Drawn, op
+        >>> @op
+        ... def pixel(name, image, place):
+        ...     return image[..., int(place)]
+        >>> @randomize.rule(pixel)
+        ... def random_pixel(handler, name, image, place):
+        ...     law = dist.Normal(place, handler.temperature)
+        ...     return Drawn(law, then=lambda drawn: image[..., drawn.round().int()])
+        >>> with randomize(temperature=0.01):
+        ...     pixel("p", torch.tensor([1.0, 2.0, 3.0]), torch.tensor(1.0))
+        tensor(2.)
+    """
+
+    law: Any
+    then: Callable[[Any], Any] | None = None
+
+
 class Value(NamedTuple):
     """An op's value, and whether it is known to be hard."""
 
@@ -57,23 +78,30 @@ class Value(NamedTuple):
     hard: bool
 
 
+def plain(op: Op) -> Op:
+    """What an op does with no handler, as a function that is no effect."""
+    function: Op = vars(op)["__wrapped__"]
+    return function
+
+
 @effectful(type="nondiff")
 def _ask(call: Call) -> Answer:
     """Asks the handlers who answers; the default of the effect is the op itself."""
-    return Answer(call.plain, hard=True)
+    return Answer(plain(call.op), hard=True)
 
 
-def decide(op: Op, plain: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Value:
+def decide(op: Op, name: str, *args: Any, **kwargs: Any) -> Value:
     """An op's value, by the handlers around it and Pyro's."""
     if not isinstance(name, str):
         raise NonDiffError(
             f"{op.__name__}: the first argument is the op's name, found {type(name).__name__}. "
             f'Write {op.__name__}("name", ...).'
         )
-    answer: Answer = _ask(Call(op, name, plain), name=name)
+    answer: Answer = _ask(Call(op, name), name=name)
     found = answer.respond(name, *args, **kwargs)
-    if isinstance(found, TorchDistributionMixin):
-        return Value(pyro.sample(name, found), hard=False)
+    if isinstance(found, Drawn):
+        drawn = pyro.sample(name, found.law)
+        return Value(drawn if found.then is None else found.then(drawn), hard=False)
     if not am_i_wrapped() or not isinstance(found, Tensor):
         return Value(found, answer.hard)
     recorded = pyro.deterministic(name, found)
@@ -83,7 +111,7 @@ def decide(op: Op, plain: Callable[..., Any], name: str, *args: Any, **kwargs: A
 def op(plain: Callable[..., Any]) -> Op:
     """Makes an op of a function ``plain(name, *args, **kwargs)`` that does the hard thing.
 
-    Handlers learn about it by ``@handler.rule(op)``.
+    A handler learns what to do with it by ``@handler.rule(op)``.
 
     Arguments:
         plain: What the op does with no handler. It returns a tensor.
@@ -93,7 +121,7 @@ def op(plain: Callable[..., Any]) -> Op:
         >>> from pyro_nondiff.ops import op
         >>> @op
         ... def sign(name, x):
-        ...     return x.sign().detach()
+        ...     return x.sign()
         >>> @soften.rule(sign)
         ... def soft_sign(handler, name, x):
         ...     return (x / handler.temperature).tanh()
@@ -107,6 +135,6 @@ def op(plain: Callable[..., Any]) -> Op:
 
     @wraps(plain)
     def perform(name: str, *args: Any, **kwargs: Any) -> Any:
-        return decide(perform, plain, name, *args, **kwargs).value
+        return decide(perform, name, *args, **kwargs).value
 
     return perform

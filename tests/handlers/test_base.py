@@ -88,9 +88,7 @@ def test_op_without_rule_passes_to_the_next_handler() -> None:
 
 
 def test_op_without_rule_that_sites_picks_is_an_error() -> None:
-    expected = (
-        r"soften has no rule for op 's', which is of kind sign: it knows \['argmax', 'step'\]"
-    )
+    expected = r"soften has no rule for op 's', which is of kind sign: it knows \['argmax'"
     for sites in ("s", lambda name: True):
         with pytest.raises(NonDiffError, match=expected), soften(sites=sites):
             sign("s", SCORES)
@@ -108,6 +106,7 @@ def test_rules_are_a_class_s_own() -> None:
     assert two.rules == {}
 
 
+@pytest.mark.usefixtures("param_store")
 def test_wrapped_module_keeps_its_parameters() -> None:
     class Program(PyroModule):
         def __init__(self) -> None:
