@@ -4,15 +4,15 @@ Each is a Pyro Messenger: a context manager, a decorator, and a wrapper of a pro
 the innermost that applies to an op wins.
 """
 
+from ._hard import ignore as ignore
+from ._hard import replay as replay
+from ._hard import straight_through as straight_through
+from ._perturb import perturb as perturb
+from ._randomize import mode as mode
+from ._randomize import randomize as randomize
+from ._soften import soften as soften
 from .base import AbstractChooser as AbstractChooser
 from .base import AbstractHandler as AbstractHandler
-from .hard import ignore as ignore
-from .hard import replay as replay
-from .hard import straight_through as straight_through
-from .perturb import perturb as perturb
-from .randomize import mode as mode
-from .randomize import randomize as randomize
-from .soften import soften as soften
 
 __all__ = [
     "AbstractChooser",

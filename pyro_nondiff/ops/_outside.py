@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.poutine import block
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def external(
     """The answer of anything: NumPy, a program, a simulator, a person.
 
     It has no gradient. ``fn`` is called on detached tensors, once for each element of the batch, so
-    that it need not know of plates and worlds.
+    that it need not know of plates and worlds. Sites and ops inside it are no part of the program.
 
     Arguments:
         name: The op's name, unique in the program.
@@ -65,7 +66,7 @@ def external(
     floats = (x for x in rows if isinstance(x, Tensor) and x.is_floating_point())
     dtype = next(floats, torch.empty(())).dtype
     shape, count = tuple(shape), batch.numel()
-    with torch.no_grad():
+    with torch.no_grad(), block():
         if batched:
             found = _answer(name, fn, rows)
             _check_shape(name, found, (count, *shape))

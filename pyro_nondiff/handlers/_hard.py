@@ -69,7 +69,8 @@ class replay(AbstractHandler):
     def __init__(self, values: Trace | Mapping[str, Any], *, sites: Sites = None) -> None:
         super().__init__(sites)
         if isinstance(values, Trace):
-            values = {name: site["value"] for name, site in values.nodes.items()}
+            nodes = values.nodes.items()
+            values = {name: site["value"] for name, site in nodes if site["type"] == "sample"}
         self.values = dict(values)
 
     def find(self, call: Call) -> Callable[..., Any] | None:
