@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_nondiff.errors import NonDiffError
 from pyro_nondiff.handlers import AbstractHandler, soften
+from pyro_nondiff.handlers.base import Sites
 from pyro_nondiff.ops import argmax, op, step
 
 SCORES = torch.tensor([0.0, 2.0, 1.0])
@@ -45,7 +46,7 @@ def test_innermost_that_applies_wins() -> None:
 @pytest.mark.parametrize(
     "sites", ["z", ["z"], {"z": 1}, lambda name: name == "z"], ids=["name", "list", "dict", "fn"]
 )
-def test_sites_pick_ops_by_name(sites: object) -> None:
+def test_sites_pick_ops_by_name(sites: Sites) -> None:
     with soften(sites=sites):
         found = program(SCORES), step("h", SCORES)
     torch.testing.assert_close(found[0], SCORES.softmax(-1), rtol=0, atol=0)

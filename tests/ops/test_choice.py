@@ -1,7 +1,10 @@
 """argmax and step: hard values, no gradient."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from pyro_nondiff.errors import NonDiffError
 from pyro_nondiff.ops import argmax, step
@@ -25,22 +28,22 @@ def test_step_is_zero_below_zero_else_one() -> None:
 
 
 @pytest.mark.parametrize("op", [argmax, step])
-def test_has_no_gradient(op: object) -> None:
+def test_has_no_gradient(op: Callable[..., Tensor]) -> None:
     assert not op("z", torch.randn(3, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize("op", [argmax, step])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"], indirect=True)
-def test_keeps_the_dtype(op: object, dtype: torch.dtype) -> None:
+def test_keeps_the_dtype(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
     assert op("z", torch.zeros(3, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("op", [argmax, step])
-def test_waits_for_no_value(op: object) -> None:
+def test_waits_for_no_value(op: Callable[..., Tensor]) -> None:
     assert op("z", torch.zeros(3, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(()), torch.zeros(2, 0)])
-def test_argmax_needs_something_to_choose_from(scores: torch.Tensor) -> None:
+def test_argmax_needs_something_to_choose_from(scores: Tensor) -> None:
     with pytest.raises(NonDiffError, match="op 'z': argmax chooses along the last dimension"):
         argmax("z", scores)
