@@ -43,7 +43,7 @@ class ignore(AbstractHandler):
     def __init__(self, *, sites: Sites = None) -> None:
         super().__init__(sites)
 
-    def find(self, call: Call) -> Callable[..., Any]:
+    def _find(self, call: Call) -> Callable[..., Any]:
         return plain(call.op)
 
 
@@ -73,7 +73,7 @@ class replay(AbstractHandler):
             values = {name: site["value"] for name, site in nodes if site["type"] == "sample"}
         self.values = dict(values)
 
-    def find(self, call: Call) -> Callable[..., Any] | None:
+    def _find(self, call: Call) -> Callable[..., Any] | None:
         if call.name in self.values:
             value = self.values[call.name]
             return lambda *args, **kwargs: value.detach()

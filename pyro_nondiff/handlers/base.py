@@ -101,7 +101,7 @@ class AbstractHandler(AbstractChooser):
 
         return learn
 
-    def find(self, call: Call) -> Callable[..., Any] | None:
+    def _find(self, call: Call) -> Callable[..., Any] | None:
         """What answers for an op, or None to leave it to the next handler outside."""
         if (rule := self.rules.get(call.op)) is not None:
             return partial(rule, self)
@@ -118,7 +118,7 @@ class AbstractHandler(AbstractChooser):
         (call,) = msg["args"]
         if not self.is_for(call.name) or msg["value"] is not None:
             return
-        if (respond := self.find(call)) is not None:
+        if (respond := self._find(call)) is not None:
             msg["value"] = Answer(respond, self.hard)
 
 

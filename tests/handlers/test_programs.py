@@ -2,8 +2,8 @@
 
 Each is trained under a handler and then run hard, with none. ``ignore`` cannot train them: that
 nothing moves is asserted. Nothing is random at the start, so ``soften`` and ``straight_through``
-learn the same from every seed; ``perturb`` did from 20 seeds of 20, and each estimator from 10 of
-10. (REBAR did from 9 of 10, and is left out.)
+learn the same from every seed. Of 20 seeds ``perturb`` learnt from all, and so did RLOO in (a); of
+10 seeds each estimator did in (b). REBAR did there from 9 of 10, and is left out.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,7 @@ def test_straight_through_does_not_reach_through_a_door() -> None:
 def test_picks_the_right_item_by_randomness(program: Program) -> None:
     """Guide and model draw the item from the same law, so that only the cost is left."""
     elbo = TraceEstimator_ELBO(RLOO(4))
-    train(randomize()(program), randomize()(choose), elbo, num_steps=200, lr=0.1)
+    train(randomize()(program), randomize()(choose), elbo, num_steps=400, lr=0.05)
     assert chosen() == BEST
     assert int(mode()(randomize()(choose))().argmax()) == BEST
 
