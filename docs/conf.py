@@ -65,7 +65,17 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(abc|collections|contextlib|dataclasses|types|typing|pathlib)\..*"),
 ]
 
-ROOMS = ["infer", "estimators", "distributions", "noise", "diagnostics", "testing", "errors"]
+ROOMS = [
+    "infer",
+    "estimators",
+    "distributions",
+    "ops",
+    "handlers",
+    "noise",
+    "diagnostics",
+    "testing",
+    "errors",
+]
 
 
 def public_names() -> dict[str, str]:

@@ -26,8 +26,10 @@ from . import diagnostics as diagnostics
 from . import distributions as distributions
 from . import errors as errors
 from . import estimators as estimators
+from . import handlers as handlers
 from . import infer as infer
 from . import noise as noise
+from . import ops as ops
 from . import testing as testing
 
 __version__ = "0.1.0"

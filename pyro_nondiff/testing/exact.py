@@ -115,12 +115,12 @@ def _pieces(model: Program, guide: Program, args: Any, kwargs: Any, nodes: int) 
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        drawn = set(guide_trace.nodes)
+        for name in set(model_trace.nodes) - set(guide_trace.nodes):
+            site = model_trace.nodes[name]
+            if site["type"] == "sample" and not site["is_observed"]:
+                model_trace.remove_node(name)  # the model's own sites add no term
         traces = [prune_subsample_sites(trace) for trace in (model_trace, guide_trace)]
-        model_sum = traces[0].log_prob_sum(
-            lambda name, site: site["is_observed"] or name in drawn  # not the model's own sites
-        )
-        yield -outcome.probability * (model_sum - traces[1].log_prob_sum())
+        yield -outcome.probability * (traces[0].log_prob_sum() - traces[1].log_prob_sum())
 
 
 class _Outcome(Messenger):

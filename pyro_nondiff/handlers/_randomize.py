@@ -1,0 +1,143 @@
+"""Smoothing by randomness: an op becomes a sample site, and is run at its mode afterwards."""
+
+from functools import singledispatch
+from typing import Any
+
+import pyro.distributions as dist
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Bernoulli
+
+from ..distributions import Law, Temperature, check_temperature, core, describe
+from ..distributions.temperature import current
+from ..errors import NonDiffError
+from ..ops import Drawn, argmax, step
+from .base import AbstractChooser, AbstractHandler, Sites
+
+__all__ = ["mode", "randomize"]
+
+
+class randomize(AbstractHandler):
+    r"""The op becomes a sample site of its name: stochastic activations, hard attention.
+
+    ==========================  ===================================================
+    op                          law
+    ==========================  ===================================================
+    ``argmax``, ``select``      ``OneHotCategorical(logits=scores / temperature)``
+    ``step``                    ``Bernoulli(logits=x / temperature)``
+    ==========================  ===================================================
+
+    So every estimator of the library serves it, and ``pyro.poutine.condition``, ``do`` and
+    ``replay`` mean what they mean for any site. The value is hard, unless the site's estimator has
+    soft worlds, as REBAR has: a ``select`` then sums there.
+
+    The site belongs to the program that has the op: in a guide, it wants its prior in the model.
+
+    Arguments:
+        temperature: A number, a tensor that broadcasts with the batch shape, or a schedule.
+        sites: As for :class:`AbstractHandler`.
+
+    Raises:
+        NonDiffError: For a temperature that is not positive.
+
+    Example:
+        >>> from pyro_nondiff.handlers import randomize
+        >>> from pyro_nondiff.ops import argmax
+        >>> with randomize(temperature=0.5), pyro.poutine.trace() as recorded:
+        ...     z = argmax("z", torch.tensor([0.0, 1.0]))
+        >>> recorded.trace.nodes["z"]["fn"].probs
+        tensor([0.1192, 0.8808])
+
+    References:
+        | Recurrent Models of Visual Attention (Mnih et al., 2014)
+        | https://arxiv.org/abs/1406.6247
+    """
+
+    def __init__(self, temperature: Temperature = 1.0, *, sites: Sites = None) -> None:
+        check_temperature("randomize", temperature, validate=True)
+        super().__init__(sites)
+        self.temperature = temperature
+
+
+@randomize.rule(argmax)
+def _(handler: randomize, name: str, scores: Tensor, *, event_dim: int = 1) -> Drawn:
+    logits = scores / current(handler.temperature, 1)
+    return Drawn(dist.OneHotCategorical(logits=logits).to_event(event_dim - 1))
+
+
+@randomize.rule(step)
+def _(handler: randomize, name: str, x: Tensor, *, event_dim: int = 0) -> Drawn:
+    logits = x / current(handler.temperature)
+    return Drawn(dist.Bernoulli(logits=logits).to_event(event_dim))
+
+
+class mode(AbstractChooser):
+    """A random site takes its most probable value: evaluation, and greedy decoding.
+
+    It serves the program's own sample sites and those that :class:`randomize` makes, in either
+    order of nesting. Observed sites, and ops that are no sites, stay as they are. A Bernoulli of
+    even odds is 1, as ``step(0)`` is; of equal probabilities the first one counts.
+
+    Arguments:
+        sites: The sample sites that it is for: names, a predicate on names, or None for all.
+
+    Raises:
+        NonDiffError: For a site whose law has no known mode; at the end of a program that did not
+            meet one of the names.
+
+    Example:
+        >>> from pyro_nondiff.handlers import mode, randomize
+        >>> from pyro_nondiff.ops import step
+        >>> with mode(), randomize():
+        ...     step("h", torch.tensor([-0.1, 0.1])), pyro.sample("x", dist.Normal(3.0, 1.0))
+        (tensor([0., 1.]), tensor(3.))
+    """
+
+    def __init__(self, *, sites: Sites = None) -> None:
+        super().__init__(sites)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or msg["is_observed"] or not self.is_for(msg["name"]):
+            return
+        if msg["value"] is None:
+            msg["value"], msg["done"] = most_probable(msg["name"], msg["fn"]), True
+
+
+def most_probable(name: str, law: Law) -> Tensor:
+    """The mode of a law, under its wrappers.
+
+    Arguments:
+        name: The site's name.
+        law: Its law.
+
+    Raises:
+        NonDiffError: If there is none.
+    """
+    try:
+        found = _mode(core(law))
+    except NotImplementedError:
+        found = None
+    if found is None or found.isnan().any():
+        raise NonDiffError(
+            f"mode: site '{name}' has law {describe(law)}, which has no mode to take. Name the "
+            "sites that have one: mode(sites=...)."
+        )
+    return found.expand(law.batch_shape + law.event_shape)
+
+
+@singledispatch
+def _mode(law: Law) -> Tensor | None:
+    found: Tensor | None = getattr(law, "mode", None)
+    return found
+
+
+@_mode.register
+def _(law: Bernoulli) -> Tensor:
+    even: Tensor = law.logits >= 0  # torch's mode of even odds is NaN
+    return even.to(law.logits.dtype)
+
+
+@_mode.register
+def _(law: dist.Delta) -> Tensor:
+    value: Tensor = law.v
+    return value

@@ -1,0 +1,1 @@
+"""Handlers: how an op is smoothed."""

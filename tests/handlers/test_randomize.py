@@ -1,0 +1,150 @@
+"""randomize: an op becomes a sample site. mode: a site takes its most probable value."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_nondiff.distributions import ExponentialAnnealing, StraightThroughBernoulli
+from pyro_nondiff.errors import NonDiffError
+from pyro_nondiff.handlers import mode, randomize, soften
+from pyro_nondiff.ops import argmax, external, select, step
+
+X = torch.tensor([[0.3, -1.0, 2.0], [5.0, 0.0, 4.0]])
+
+
+def sites(temperature: Any, **options: Any) -> Any:
+    with randomize(temperature), poutine.trace() as recorded:
+        argmax("z", X)
+        step("h", X)
+    return recorded.trace.nodes
+
+
+def check_laws_have_the_scores_at_the_temperature_as_logits() -> None:
+    nodes = sites(0.5)
+    z, h = nodes["z"]["fn"], nodes["h"]["fn"]
+    assert isinstance(z, dist.OneHotCategorical)
+    assert isinstance(h, dist.Bernoulli)
+    # the same numbers, normalised in two ways
+    torch.testing.assert_close(z.probs, (2 * X).softmax(-1))
+    torch.testing.assert_close(h.probs, (2 * X).sigmoid())
+    assert not nodes["z"]["is_observed"]
+    assert nodes["z"]["infer"] == {}
+
+
+def test_laws_have_the_scores_at_the_temperature_as_logits() -> None:
+    check_laws_have_the_scores_at_the_temperature_as_logits()
+
+
+def test_planted_randomize_without_temperature_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_nondiff.handlers._randomize.current", lambda *args: 1.0)
+    with pytest.raises(AssertionError):
+        check_laws_have_the_scores_at_the_temperature_as_logits()
+
+
+def test_temperature_may_be_a_tensor_or_a_schedule() -> None:
+    schedule = ExponentialAnnealing(1.0, 0.25, num_steps=2)
+    schedule.step()
+    expected = (2 * X).softmax(-1)
+    for temperature in (torch.tensor(0.5), schedule):
+        probs = sites(temperature)["z"]["fn"].probs
+        torch.testing.assert_close(probs, expected, rtol=1e-6, atol=0)  # the schedule's float32
+
+
+def test_event_dim_says_what_no_plate_declares() -> None:
+    with randomize(), poutine.trace() as recorded:
+        argmax("z", X, event_dim=2)
+        step("h", X, event_dim=1)
+    z, h = (recorded.trace.nodes[name]["fn"] for name in ("z", "h"))
+    assert (z.batch_shape, z.event_shape) == ((), (2, 3))
+    assert (h.batch_shape, h.event_shape) == ((2,), (3,))
+
+
+def test_values_are_hard_draws() -> None:
+    with randomize():
+        z, h = argmax("z", X.expand(4000, 2, 3)), step("h", X.expand(4000, 2, 3))
+    assert torch.equal(z.unique(), torch.tensor([0.0, 1.0]))
+    assert torch.equal(z.sum(-1), torch.ones(4000, 2))
+    # five standard errors of the mean of 4000 draws of a probability: at most 5 * 0.5 / 63
+    torch.testing.assert_close(z.mean(0), X.softmax(-1), rtol=0, atol=0.04)
+    torch.testing.assert_close(h.mean(0), X.sigmoid(), rtol=0, atol=0.04)
+
+
+def test_select_takes_the_drawn_item() -> None:
+    with randomize(), poutine.trace() as recorded:
+        found = select("v", X[0], torch.tensor([1.0, 2.0, 3.0]))
+    assert found == (recorded.trace.nodes["v"]["value"] * torch.tensor([1.0, 2.0, 3.0])).sum()
+
+
+def test_external_passes_and_is_refused_by_name() -> None:
+    with randomize():
+        assert external("e", float, X[0, 0]) == X[0, 0]
+    with pytest.raises(NonDiffError, match="randomize has no rule for op 'e'"):
+        randomize(sites="e")(external)("e", float, X[0, 0])
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_mode_of_a_randomised_op_is_its_hard_value(inner_first: bool) -> None:
+    handlers = [randomize(0.1), mode()] if inner_first else [mode(), randomize(0.1)]
+    x = torch.cat([X, torch.zeros(1, 3)])
+    with handlers[0], handlers[1]:
+        z, h = argmax("z", x), step("h", x)
+        v = select("v", x, torch.arange(3.0))
+    assert torch.equal(z, argmax("z", x))
+    assert torch.equal(h, step("h", x))
+    assert torch.equal(v, select("v", x, torch.arange(3.0)))
+
+
+@pytest.mark.parametrize(
+    ("law", "expected"),
+    [
+        (dist.Bernoulli(torch.tensor([0.2, 0.5, 0.7])), [0.0, 1.0, 1.0]),
+        (dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1), [0.0, 1.0]),
+        (dist.Bernoulli(torch.tensor(0.7)).expand([2]), [1.0, 1.0]),
+        (dist.Bernoulli(torch.tensor([0.2, 0.7])).mask(torch.tensor([True, False])), [0.0, 1.0]),
+        (dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])), [0.0, 1.0, 0.0]),
+        (dist.Categorical(torch.tensor([[0.2, 0.5, 0.3]])), [1]),
+        (dist.Normal(torch.tensor([1.0, 2.0]), 3.0), [1.0, 2.0]),
+        (dist.LogNormal(torch.zeros(1), 1.0), [torch.tensor(-1.0).exp()]),
+        (dist.Delta(torch.tensor([4.0])), [4.0]),
+        (StraightThroughBernoulli(torch.tensor([0.2, 0.7])), [0.0, 1.0]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_mode_of_a_law(law: Any, expected: list[float]) -> None:
+    with mode():
+        found = pyro.sample("x", law)
+    torch.testing.assert_close(found, torch.tensor(expected))  # exp(-1) is rounded
+
+
+@pytest.mark.parametrize(
+    "law",
+    [dist.Uniform(0.0, 1.0), dist.RelaxedBernoulliStraightThrough(torch.tensor(1.0), probs=0.5)],
+    ids=["Uniform", "Relaxed"],
+)
+def test_law_without_mode_is_refused(law: Any) -> None:
+    with pytest.raises(NonDiffError, match=r"mode: site 'x' has law .*mode.sites="), mode():
+        pyro.sample("x", law)
+
+
+def test_mode_leaves_observed_sites_plates_and_other_names() -> None:
+    def program() -> None:
+        with pyro.plate("data", 4, subsample_size=2):
+            pyro.sample("x", dist.Uniform(0.0, 1.0), obs=torch.tensor([0.3, 0.4]))
+            pyro.sample("y", dist.Uniform(0.0, 1.0))
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    trace = poutine.trace(mode(sites="z")(program)).get_trace()
+    assert torch.equal(trace.nodes["z"]["value"], torch.zeros(2))
+    assert torch.equal(trace.nodes["x"]["value"], torch.tensor([0.3, 0.4]))
+    assert trace.nodes["y"]["value"].unique().numel() == 2
+
+
+def test_mode_does_not_touch_ops_that_are_no_sites() -> None:
+    with soften(), mode():
+        assert torch.equal(argmax("z", X), X.softmax(-1))
+    with pytest.raises(NonDiffError, match=r"mode: sites has \['z'\], but the program met \[\]"):
+        mode(sites="z")(argmax)("z", X)

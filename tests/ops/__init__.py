@@ -1,0 +1,1 @@
+"""Ops: what has no derivative, as effects."""
