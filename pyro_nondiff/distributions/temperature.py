@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class AbstractSchedule(nn.Module, ABC):
 
     Arguments:
         start: The first value, positive.
-        end: The last value, positive.
+        end: The last value, positive, or 0 where ``reaches_zero``.
         num_steps: After how many calls of :meth:`step` the last value is reached.
 
     Raises:
@@ -29,11 +29,13 @@ class AbstractSchedule(nn.Module, ABC):
 
     value: Tensor
     count: Tensor
+    reaches_zero: ClassVar[bool] = False
 
     def __init__(self, start: float, end: float, num_steps: int) -> None:
         super().__init__()
         for name, given in (("start", start), ("end", end), ("num_steps", num_steps)):
-            if not 0 < given < math.inf:
+            zero = self.reaches_zero and name == "end" and given == 0
+            if not (zero or 0 < given < math.inf):
                 raise NonDiffError(f"{type(self).__name__}: {name} must be positive, found {given}")
         self.start, self.end, self.num_steps = start, end, num_steps
         self.register_buffer("value", torch.tensor(float(start)))
@@ -84,7 +86,7 @@ class LinearAnnealing(AbstractSchedule):
 
     Arguments:
         start: :math:`T_0`.
-        end: :math:`T_N`.
+        end: :math:`T_N`; 0 serves a weight, such as that of an entropy, and no temperature.
         num_steps: :math:`N`.
 
     Example:
@@ -95,6 +97,8 @@ class LinearAnnealing(AbstractSchedule):
         >>> temperature.value
         tensor(0.5000)
     """
+
+    reaches_zero = True
 
     def at(self, fraction: Tensor) -> Tensor:
         """The value after a fraction of all steps."""
@@ -123,6 +127,10 @@ def check_temperature(
         NonDiffError: With what was found.
     """
     if isinstance(temperature, AbstractSchedule):
+        if temperature.end == 0:
+            raise NonDiffError(
+                f"{owner}: temperature must be positive, and {temperature!r} ends at 0."
+            )
         return
     if isinstance(temperature, Tensor):
         looked = validate and not temperature.is_meta

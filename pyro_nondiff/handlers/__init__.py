@@ -4,6 +4,7 @@ Each is a Pyro Messenger: a context manager, a decorator, and a wrapper of a pro
 the innermost that applies to an op wins.
 """
 
+from ._hard import given as given
 from ._hard import ignore as ignore
 from ._hard import replay as replay
 from ._perturb import perturb as perturb
@@ -17,6 +18,7 @@ from .base import AbstractHandler as AbstractHandler
 __all__ = [
     "AbstractChooser",
     "AbstractHandler",
+    "given",
     "ignore",
     "mode",
     "perturb",

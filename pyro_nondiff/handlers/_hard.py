@@ -7,9 +7,9 @@ from pyro.poutine import Trace
 
 from ..errors import NonDiffError
 from ..ops._op import Call, plain
-from .base import AbstractHandler, Sites
+from .base import AbstractChooser, AbstractHandler, Sites
 
-__all__ = ["ignore", "replay"]
+__all__ = ["given", "ignore", "replay"]
 
 
 class ignore(AbstractHandler):
@@ -78,3 +78,35 @@ class replay(AbstractHandler):
             f"replay has no value for op '{call.name}': it knows {sorted(self.values)}. Take the "
             "name out of sites."
         )
+
+
+class given(AbstractChooser):
+    """A random site has a value that was drawn elsewhere, and stays random.
+
+    Unlike ``pyro.poutine.condition``, which makes it an observation: here its law keeps a score,
+    and an estimator that needs no draw of its own serves it. So the steps of many episodes,
+    gathered by a policy that acted in an environment, become one vectorised site of its program.
+
+    Arguments:
+        values: A mapping from names of sample sites to values, drawn from the law that the program
+            gives them now.
+
+    Raises:
+        NonDiffError: At the end of a program that did not meet one of the names.
+
+    Example:
+        >>> from pyro_nondiff.handlers import given
+        >>> def program():
+        ...     return pyro.sample("action", dist.Categorical(torch.ones(3)).expand([2]))
+        >>> given({"action": torch.tensor([2, 0])})(program)()
+        tensor([2, 0])
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(list(values))
+        self.values = dict(values)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        wanted = self.is_for(msg["name"]) and msg["value"] is None
+        if wanted and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True

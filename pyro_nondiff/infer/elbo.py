@@ -12,6 +12,7 @@ from ..distributions import logits
 from ..errors import NonDiffError
 from ..estimators import REBAR, REINFORCE, RELAX, AbstractEstimator
 from ..estimators.baselines import AbstractBaseline
+from ..ops._op import RANDOMIZED
 from .config import check_type
 from .execute import Chunk, Pair, Program
 from .objective import Step, evaluate, take_step
@@ -204,7 +205,7 @@ class TraceEstimator_ELBO(ELBO):
     def _look_at(self, chunk: Chunk) -> None:
         """Says what a user may not know of the sites of a run."""
         for site in chunk.run.own.values():
-            if not site.auxiliary:
+            if not (site.auxiliary or site.infer.get(RANDOMIZED)):
                 self._planner.warn(
                     f"site '{site.name}' is latent in the model, and the guide does not draw it: "
                     "it is drawn from the model's own law and adds no KL, so nothing is inferred "

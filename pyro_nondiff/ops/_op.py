@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ..errors import NonDiffError
 
-__all__ = ["Answer", "Call", "Drawn", "Op", "Value", "decide", "op", "plain"]
+__all__ = ["RANDOMIZED", "Answer", "Call", "Drawn", "Op", "Value", "decide", "op", "plain"]
 
 Op = Callable[..., Any]
+
+RANDOMIZED = "randomized"
+"""The entry of a site's ``infer`` dictionary that says that a handler made the site of an op."""
 
 
 class Call(NamedTuple):
@@ -101,7 +104,8 @@ def decide(op: Op, name: str, *args: Any, **kwargs: Any) -> Value:
     answer: Answer = _ask(Call(op, name), name=name)
     found = answer.respond(name, *args, **kwargs)
     if isinstance(found, Drawn):
-        drawn = pyro.sample(name, found.law)
+        infer: Any = {RANDOMIZED: True}
+        drawn = pyro.sample(name, found.law, infer=infer)
         return Value(drawn if found.then is None else found.then(drawn), hard=False)
     if not am_i_wrapped() or not isinstance(found, Tensor):
         return Value(found, answer.hard)

@@ -205,6 +205,14 @@ def test_schedules_are_positive(kind: Any, arguments: tuple[float, ...], name: s
         kind(*arguments)
 
 
+def test_only_a_linear_schedule_ends_at_zero_and_is_no_temperature() -> None:
+    with pytest.raises(NonDiffError, match="ExponentialAnnealing: end must be positive"):
+        ExponentialAnnealing(1.0, 0.0, 2)
+    schedule = LinearAnnealing(1.0, 0.0, 2)
+    with pytest.raises(NonDiffError, match=r"temperature must be positive, and .* ends at 0"):
+        RelaxedBernoulli(schedule, logits=torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [(ExponentialAnnealing, [1.0, 0.5, 0.25, 0.25]), (LinearAnnealing, [1.0, 0.625, 0.25, 0.25])],

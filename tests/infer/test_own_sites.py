@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_nondiff import handlers
 from pyro_nondiff.errors import NonDiffError, NonDiffWarning
 from pyro_nondiff.estimators import REBAR, REINFORCE, RELAX, RLOO, Enumerate, MovingAverage
 from pyro_nondiff.infer import TraceEstimator_ELBO, config_estimator, no_guide
@@ -73,26 +74,14 @@ def test_a_site_of_the_model_that_is_observed_in_the_guide() -> None:
 def policy(data: Tensor) -> None:
     logits = pyro.param("policy", torch.tensor([0.3, -0.7]))
     with pyro.plate("steps", len(data)):
-        action = pyro.sample("action", dist.Bernoulli(logits=logits[0] + logits[1] * data))
+        law = dist.Bernoulli(logits=logits[0] + logits[1] * data)
+        action = pyro.sample("action", law, infer={"is_auxiliary": True})
         pyro.factor("cost", -(action.detach() * 2 - data).abs(), has_rsample=False)
 
 
 def given(value: Tensor) -> Any:
-    """The policy with its actions given, as handlers that replay a trace give them."""
-    trace = pyro.poutine.Trace()
-    law = dist.Bernoulli(0.5).expand(value.shape)
-    trace.add_node(
-        "action",
-        type="sample",
-        name="action",
-        fn=law,
-        value=value,
-        is_observed=False,
-        args=(),
-        kwargs={},
-        infer={"is_auxiliary": True},
-    )
-    return pyro.poutine.replay(policy, trace=trace)
+    """The policy with its actions given."""
+    return handlers.given({"action": value})(policy)
 
 
 DATA = torch.tensor([0.5, -1.0, 2.0, 0.1])
