@@ -11,12 +11,14 @@ from ._perturb import perturb as perturb
 from ._randomize import mode as mode
 from ._randomize import randomize as randomize
 from ._soften import soften as soften
+from ._spatial_transformer import SpatialTransformer as SpatialTransformer
 from .base import AbstractChooser as AbstractChooser
 from .base import AbstractHandler as AbstractHandler
 
 __all__ = [
     "AbstractChooser",
     "AbstractHandler",
+    "SpatialTransformer",
     "ignore",
     "mode",
     "perturb",
