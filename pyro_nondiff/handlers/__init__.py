@@ -6,12 +6,12 @@ the innermost that applies to an op wins.
 
 from ._hard import ignore as ignore
 from ._hard import replay as replay
-from ._hard import straight_through as straight_through
 from ._perturb import perturb as perturb
 from ._randomize import mode as mode
 from ._randomize import randomize as randomize
 from ._soften import soften as soften
 from ._spatial_transformer import SpatialTransformer as SpatialTransformer
+from ._straight_through import straight_through as straight_through
 from .base import AbstractChooser as AbstractChooser
 from .base import AbstractHandler as AbstractHandler
 

@@ -131,7 +131,7 @@ def _compose(image: Tensor, x: Tensor, y: Tensor, border: bool) -> Tensor:
 def _by_kernel(image: Tensor, x: Tensor, y: Tensor, border: bool) -> Tensor:
     height, width = image.shape[-2:]
     shape = (*image.shape[:-3], 1, y.shape[-2], x.shape[-1])
-    parts = x * (2 / width) + (1 / width - 1), y * (2 / height) + (1 / height - 1)
+    parts = (x + 0.5) / (width / 2) - 1, (y + 0.5) / (height / 2) - 1
     grid = torch.stack([part.expand(shape) for part in parts], -1)
     kernel: Any = _Kernel.apply
     value: Tensor = kernel(

@@ -1,6 +1,8 @@
 """Gaussian filters around positions, and their adjoint."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class Gaussian:
 
     def _apply(self, equation: str, image: Tensor, grid: Grid, size: torch.Size) -> Tensor:
         dtype = torch.promote_types(image.dtype, grid.x.dtype)
-        with torch.autocast(image.device.type, enabled=False):
+        with _no_autocast(image.device.type):
             down = self._shares(grid.y.to(dtype), size[0])
             across = self._shares(grid.x.to(dtype), size[1])
             return torch.einsum(equation, image.to(dtype), down, across).to(image.dtype)
@@ -54,3 +56,8 @@ class Gaussian:
         if self.border:  # the outer pixels have the tails
             below = pad(pad(below, (1, 0)), (0, 1), value=1.0)
         return below[..., 1:] - below[..., :-1]
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

@@ -84,7 +84,7 @@ class AbstractHandler(AbstractChooser):
     hard: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        cls.rules = {}
+        cls.rules = dict(cls.rules)
 
     @classmethod
     def rule(cls, op: Op) -> Callable[[Rule], Rule]:

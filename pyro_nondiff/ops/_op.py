@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor
 
@@ -104,8 +105,15 @@ def decide(op: Op, name: str, *args: Any, **kwargs: Any) -> Value:
         return Value(drawn if found.then is None else found.then(drawn), hard=False)
     if not am_i_wrapped() or not isinstance(found, Tensor):
         return Value(found, answer.hard)
-    recorded = pyro.deterministic(name, found)
+    recorded = _record(name, found)
     return Value(recorded, answer.hard and recorded is found)
+
+
+def _record(name: str, value: Tensor) -> Tensor:
+    """As ``pyro.deterministic``, which under validation would wait for the value."""
+    law = dist.Delta(value, event_dim=value.dim(), validate_args=False).mask(False)
+    recorded: Tensor = pyro.sample(name, law, obs=value, infer={"_deterministic": True})
+    return recorded
 
 
 def op(plain: Callable[..., Any]) -> Op:

@@ -70,7 +70,7 @@ def from_table() -> None:
 
 
 def look_up(z: Tensor) -> float:
-    return float(TABLE[z.numpy().argmax()])
+    return float(TABLE[z.cpu().numpy().argmax()])
 
 
 def from_outside() -> None:

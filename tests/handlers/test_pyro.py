@@ -5,6 +5,7 @@
     w ~ Normal        z = argmax(w + scores)        y ~ Normal(z . prices)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_nondiff.estimators import RLOO
+from pyro_nondiff.estimators import RLOO, Enumerate
 from pyro_nondiff.handlers import mode, randomize, soften, straight_through
-from pyro_nondiff.infer import TraceEstimator_ELBO
-from pyro_nondiff.ops import argmax, external, select
+from pyro_nondiff.infer import TraceEstimator_ELBO, config_estimator
+from pyro_nondiff.ops import argmax, cost, external, select
 
 Program = Callable[..., Any]
 
@@ -220,3 +221,29 @@ def test_external_is_called_once_a_run() -> None:
 
     assert poutine.trace(program).get_trace().nodes["e"]["value"] == 1
     assert len(calls) == 1
+
+
+@randomize()
+def guide() -> Tensor:
+    return argmax("z", torch.tensor([0.0, 1.0, 2.0]))
+
+
+def priced() -> None:
+    z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))
+    cost("price", (z * PRICES).sum(-1))
+
+
+def test_randomised_op_is_enumerated_by_pyro_and_by_us() -> None:
+    expected = TraceEnum_ELBO(max_plate_nesting=0).loss(priced, config_enumerate(guide))
+    chosen = config_estimator(guide, {"z": Enumerate()})
+    found = TraceEstimator_ELBO().differentiable_loss(priced, chosen)
+    # three products, summed in another order
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceEstimator_ELBO(RLOO(3))], ids=type)
+def test_loss_at_the_mode_is_that_of_the_hard_program(elbo: Any) -> None:
+    log_ratio = math.log(1 / 3) - torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)[2]
+    expected = float(PRICES[2] - log_ratio)
+    # the same three terms
+    assert elbo.loss(priced, mode()(guide)) == pytest.approx(expected, rel=1e-12)

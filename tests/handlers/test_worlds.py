@@ -33,11 +33,11 @@ def price(z: Tensor) -> float:
     """Looks a one-hot vector up: for one world and one element, it says if it gets another."""
     if z.shape != (3,):
         raise TypeError(f"one choice was expected, not {z.shape}")
-    return float(TABLE[z.numpy().argmax()])
+    return float(TABLE[z.cpu().numpy().argmax()])
 
 
 def prices(z: Tensor) -> np.ndarray:
-    return TABLE[z.numpy().argmax(-1)]
+    return TABLE[z.cpu().numpy().argmax(-1)]
 
 
 @randomize(temperature=0.8)

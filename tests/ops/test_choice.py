@@ -1,13 +1,17 @@
 """argmax and step: hard values, no gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_nondiff.errors import NonDiffError
-from pyro_nondiff.ops import argmax, step
+from pyro_nondiff.handlers import ignore, perturb, randomize, soften, straight_through
+from pyro_nondiff.ops import argmax, select, step
 
 
 def test_argmax_is_one_hot_of_the_largest_in_each_row() -> None:
@@ -39,8 +43,17 @@ def test_keeps_the_dtype(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", [argmax, step])
-def test_waits_for_no_value(op: Callable[..., Tensor]) -> None:
-    assert op("z", torch.zeros(3, device="meta")).is_meta
+@pytest.mark.parametrize(
+    "handler",
+    [poutine.trace(), ignore(), soften(), straight_through(), randomize(), perturb(3)],
+    ids=lambda handler: type(handler).__name__,
+)
+def test_waits_for_no_value(handler: Any, op: Callable[..., Tensor]) -> None:
+    """Recording does not, even under validation, but the law of a random op has its own."""
+    scores = torch.zeros(3, device="meta")
+    with pyro.validation_enabled(not isinstance(handler, randomize)), handler:
+        assert op("z", scores).is_meta
+        assert select("v", scores, torch.zeros(3, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(()), torch.zeros(2, 0)])

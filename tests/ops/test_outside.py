@@ -20,7 +20,7 @@ TABLE = np.array([3.0, 1.0, 2.0])
 
 
 def look_up(choice: Tensor) -> float:
-    return TABLE[choice.numpy().argmax()]
+    return TABLE[choice.cpu().numpy().argmax()]
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (4, 2), (0,)])
@@ -29,7 +29,7 @@ def test_is_called_once_for_each_element_of_the_batch(batch: tuple[int, ...]) ->
 
     def fn(x: Tensor, factor: float) -> np.ndarray:
         seen.append(x)
-        return x.numpy()[:2] * factor
+        return x.cpu().numpy()[:2] * factor
 
     x = torch.randn(*batch, 3)
     found = external("e", fn, x, 2.0, event_dim=1, shape=(2,))
@@ -50,7 +50,7 @@ def test_batched_function_is_called_once() -> None:
 
     def fn(x: Tensor) -> np.ndarray:
         seen.append(x.shape)
-        return x.numpy().sum(1)
+        return x.cpu().numpy().sum(1)
 
     x = torch.randn(4, 2, 3)
     found = external("e", fn, x, event_dim=1, batched=True)
