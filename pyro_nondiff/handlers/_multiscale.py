@@ -27,48 +27,42 @@ class Multiscale:
 
     def read(self, image: Tensor, grid: Grid) -> Tensor:
         """What an image has at some positions."""
-        fine = wide(image)
-        read = [
-            interpolate(_pool(fine, cell), _coarser(grid, cell), self.border)
-            for cell in self._cells()
-        ]
-        return torch.stack(read).mean(0).to(image.dtype)
+        level = wide(image)
+        read = interpolate(level, grid, self.border)
+        for _ in range(1, self.levels):
+            level, grid = _halve(level), _coarser(grid)
+            read = read + interpolate(level, grid, self.border)
+        return (read / self.levels).to(image.dtype)
 
     def write(self, patch: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
         """A canvas of 0 with a patch at some positions: the adjoint of ``read``."""
-        fine = wide(patch)
-        written = []
-        for cell in self._cells():
-            shape = canvas_shape(patch, grid, (_count(size[0], cell), _count(size[1], cell)))
-            coarse = splat(fine, _coarser(grid, cell), shape, self.border)
-            written.append(_spread(coarse, cell, size))
-        return torch.stack(written).mean(0).to(patch.dtype)
+        return (self._write(wide(patch), grid, size, self.levels) / self.levels).to(patch.dtype)
 
-    def _cells(self) -> list[int]:
-        return [2**level for level in range(self.levels)]
-
-
-def _count(pixels: int, cell: int) -> int:
-    return -(-pixels // cell)
+    def _write(self, patch: Tensor, grid: Grid, size: tuple[int, int], levels: int) -> Tensor:
+        canvas = splat(patch, grid, canvas_shape(patch, grid, size), self.border)
+        if levels == 1:
+            return canvas
+        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        coarse = self._write(patch, _coarser(grid), half, levels - 1)
+        return canvas + _double(coarse, size)
 
 
-def _coarser(grid: Grid, cell: int) -> Grid:
-    """The same points, counted in cells."""
-    shift = 0.5 / cell - 0.5
-    return Grid(grid.x / cell + shift, grid.y / cell + shift)
+def _coarser(grid: Grid) -> Grid:
+    """The same points, counted in cells of two by two pixels."""
+    return Grid(grid.x / 2 - 0.25, grid.y / 2 - 0.25)
 
 
-def _pool(image: Tensor, cell: int) -> Tensor:
+def _halve(image: Tensor) -> Tensor:
     """The mean of each cell: at the far edges, of the pixels that it has."""
-    flat = avg_pool2d(image.reshape(-1, *image.shape[-2:]), cell, ceil_mode=True)
+    flat = avg_pool2d(image.reshape(-1, *image.shape[-2:]), 2, ceil_mode=True)
     return flat.reshape(*image.shape[:-2], *flat.shape[-2:])
 
 
-def _spread(coarse: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
+def _double(coarse: Tensor, size: tuple[int, int]) -> Tensor:
     """The adjoint of the mean: each cell shared out among its pixels."""
     for dim, pixels in ((-2, size[0]), (-1, size[1])):
-        first = torch.arange(0, pixels, cell, device=coarse.device)
-        share = 1 / (pixels - first).clamp(max=cell).to(coarse.dtype)
-        share = share.unsqueeze(-1) if dim == -2 else share
-        coarse = (coarse * share).repeat_interleave(cell, dim).narrow(dim, 0, pixels)
+        shared = coarse.repeat_interleave(2, dim).narrow(dim, 0, pixels)
+        share = torch.full((pixels,), 0.5, dtype=coarse.dtype, device=coarse.device)
+        share[pixels - pixels % 2 :] = 1  # the only pixel of its cell
+        coarse = shared * (share[:, None] if dim == -2 else share)
     return coarse

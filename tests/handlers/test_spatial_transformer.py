@@ -190,9 +190,8 @@ def test_identity_in_float32_by_the_kernel() -> None:
     image = torch.rand(16, 1, 100, 100, dtype=torch.float32)
     with SpatialTransformer():
         found = crop("c", image, WHOLE.float().expand(16, 4), (100, 100))
-    # The kernel wants positions between -1 and 1: rounded by 2**-24, 50 pixels wide, both ways,
-    # and moved in two steps that round by as much.
-    torch.testing.assert_close(found, image, rtol=0, atol=4 * 50 * 2**-24)
+    # The kernel's positions are rounded by 2**-24 of each side: 6e-6 pixels, where slopes are 1.
+    torch.testing.assert_close(found, image, rtol=0, atol=2 * 100 * 2**-24)
 
 
 @every_mode
