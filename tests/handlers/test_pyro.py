@@ -93,7 +93,7 @@ def test_condition_observes_what_is_randomised() -> None:
     w = trace.nodes["w"]["value"]
     # the same log-probabilities, normalised in two ways
     expected = (w + SCORES).log_softmax(-1)[:, 2]
-    torch.testing.assert_close(site["log_prob"], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(site["log_prob"], expected)
 
 
 @pytest.mark.parametrize("smooth", [plain, soften(), straight_through()], ids=type)
@@ -198,7 +198,7 @@ def test_gradient_reaches_what_decides_in_any_objective(elbo: Any) -> None:
     price = weights @ PRICES
     slope = (price - 12.0)[:, None] * weights * (PRICES - price[:, None])
     # one product, written out; a mean over three particles
-    torch.testing.assert_close(scores.grad, slope, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores.grad, slope)
 
 
 @pytest.mark.usefixtures("param_store")
@@ -237,13 +237,13 @@ def test_randomised_op_is_enumerated_by_pyro_and_by_us() -> None:
     expected = TraceEnum_ELBO(max_plate_nesting=0).loss(priced, config_enumerate(guide))
     chosen = config_estimator(guide, {"z": Enumerate()})
     found = TraceEstimator_ELBO().differentiable_loss(priced, chosen)
-    # three products, summed in another order
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    # three products, summed in another order, in the seven digits of float32
+    assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceEstimator_ELBO(RLOO(3))], ids=type)
 def test_loss_at_the_mode_is_that_of_the_hard_program(elbo: Any) -> None:
     log_ratio = math.log(1 / 3) - torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)[2]
     expected = float(PRICES[2] - log_ratio)
-    # the same three terms
-    assert elbo.loss(priced, mode()(guide)) == pytest.approx(expected, rel=1e-12)
+    # the same three terms, in the seven digits of float32
+    assert elbo.loss(priced, mode()(guide)) == pytest.approx(expected, rel=1e-6)

@@ -18,12 +18,12 @@ def test_values_are_softmax_and_sigmoid(temperature: float) -> None:
     exponentials = (X / temperature).exp()
     # the same functions, written out
     expected = exponentials / exponentials.sum(-1, keepdim=True)
-    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(h, exponentials / (1 + exponentials), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(h, exponentials / (1 + exponentials))
 
 
 def test_is_differentiable_twice() -> None:
-    x = X.clone().requires_grad_()
+    x = X.double().requires_grad_()
     with soften(0.5):
         torch.autograd.gradcheck(lambda x: argmax("z", x), x)
         torch.autograd.gradgradcheck(lambda x: step("h", x), x)

@@ -60,7 +60,7 @@ def test_gradients_of_a_choice(name: str) -> None:
     g = G * z.detach() if name == "selected" else G
     expected = p * (g - (p * g).sum(-1, keepdim=True)) / t
     # the same products in another order
-    torch.testing.assert_close(gradient(z, scores), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient(z, scores), expected)
 
 
 @pytest.mark.parametrize("name", ["softmax", "identity", "selected"])
@@ -71,7 +71,7 @@ def test_gradients_of_a_threshold(name: str) -> None:
     t = 0.5 if name == "softmax" else 1.0
     p = (SCORES / t).sigmoid()
     g = G * h.detach() if name == "selected" else G
-    torch.testing.assert_close(gradient(h, x), g * p * (1 - p) / t, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient(h, x), g * p * (1 - p) / t)
 
 
 @pytest.mark.parametrize("name", ["softmax", "identity", "selected"])
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_law_without_noise(name: str) -> None:
     drawn = law.from_noise(torch.zeros_like(scores))
     assert torch.equal(z, drawn)
     # the law normalises its logits first
-    torch.testing.assert_close(gradient(z, scores), gradient(drawn, scores), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(z, scores), gradient(drawn, scores))
 
 
 @pytest.mark.parametrize("name", ["gumbel", "gumbel_rao", "reinmax", "none"])

@@ -42,7 +42,7 @@ def test_batches_of_the_arguments_are_broadcast() -> None:
     a, b = torch.randn(4, 1, 3), torch.randn(2)
     found = external("e", lambda a, b: float(a.sum() + b), a, b, event_dim=[1, 0])
     # three numbers are added in another order
-    torch.testing.assert_close(found, a.sum(-1) + b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, a.sum(-1) + b)
 
 
 def test_batched_function_is_called_once() -> None:
@@ -54,7 +54,7 @@ def test_batched_function_is_called_once() -> None:
 
     x = torch.randn(4, 2, 3)
     found = external("e", fn, x, event_dim=1, batched=True)
-    torch.testing.assert_close(found, x.sum(-1), rtol=1e-12, atol=1e-12)  # order of the sum
+    torch.testing.assert_close(found, x.sum(-1))  # order of the sum
     assert seen == [(8, 3)]
 
 
@@ -165,5 +165,5 @@ def test_cost_is_the_same_in_pyro_s_objective_and_in_ours() -> None:
 
     expected = 3 * (1.0 + 2.0 + 2 * np.log(3))
     for elbo in (Trace_ELBO(), TraceEstimator_ELBO(), TraceEstimator_ELBO(num_particles=4)):
-        # e^-99 is nothing beside 1, and the sum has six terms
-        assert elbo.loss(model, guide) == pytest.approx(expected, rel=1e-12)
+        # e^-99 is nothing beside 1; a sum of six terms, in the seven digits of float32
+        assert elbo.loss(model, guide) == pytest.approx(expected, rel=1e-6)
