@@ -57,7 +57,10 @@ class SpatialTransformer(AbstractHandler):
     may be a schedule that does so.
 
     All modes have second derivatives, so control variates that are trained by their variance can
-    be used. Positions and weights are computed in float32 at least, also under autocast.
+    be used. Positions and weights are computed in float32 at least, also under autocast, and the
+    identity is exact. Outputs of more than 32768 numbers are read by torch's kernel, which rounds
+    positions by :math:`2^{-24}` of the image's side: there, at a pixel's centre, the derivative may
+    be that on the left.
 
     Convention:
         Places are as for :func:`pyro_nondiff.ops.crop` and :func:`pyro_nondiff.ops.warp`: boxes
