@@ -11,6 +11,7 @@ from ._perturb import perturb as perturb
 from ._randomize import mode as mode
 from ._randomize import randomize as randomize
 from ._soften import soften as soften
+from ._spatial_transformer import SpatialTransformer as SpatialTransformer
 from ._straight_through import straight_through as straight_through
 from .base import AbstractChooser as AbstractChooser
 from .base import AbstractHandler as AbstractHandler
@@ -18,6 +19,7 @@ from .base import AbstractHandler as AbstractHandler
 __all__ = [
     "AbstractChooser",
     "AbstractHandler",
+    "SpatialTransformer",
     "given",
     "ignore",
     "mode",

@@ -12,5 +12,19 @@ from ._op import Drawn as Drawn
 from ._op import op as op
 from ._outside import cost as cost
 from ._outside import external as external
+from ._spatial import crop as crop
+from ._spatial import paste as paste
+from ._spatial import warp as warp
 
-__all__ = ["Drawn", "argmax", "cost", "external", "op", "select", "step"]
+__all__ = [
+    "Drawn",
+    "argmax",
+    "cost",
+    "crop",
+    "external",
+    "op",
+    "paste",
+    "select",
+    "step",
+    "warp",
+]
