@@ -26,6 +26,7 @@ from pyro_nondiff.distributions import (
     core,
     dtype_and_device,
     log_prob,
+    noise_concentration,
     noise_kind,
     noise_shape,
     transport,
@@ -314,7 +315,8 @@ class LawContract(ABC):
         if kind is None:
             pytest.skip("it is no map of noise")
         like = dtype_and_device(law)
-        request = noise.Request("", kind, tuple(noise_shape(law)), *like, law=law)
+        shape, needs = tuple(noise_shape(law)), noise_concentration(law)
+        request = noise.Request("", kind, shape, *like, law=law, concentration=needs)
         drawn = noise.draw(request)
 
         def each(drawn: Tensor, *each: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,7 +372,8 @@ class LawContract(ABC):
             kind = noise_kind(law)
             if kind is None:
                 pytest.skip("it is no map of noise")
-            request = noise.Request("", kind, (5, *noise_shape(law)), dtype, "cpu", law=law)
+            shape, needs = (5, *noise_shape(law)), noise_concentration(law)
+            request = noise.Request("", kind, shape, dtype, "cpu", law=law, concentration=needs)
             drawn = same_noise(lambda request=request: noise.draw(request))
             assert drawn.dtype == torch.promote_types(dtype, torch.float32)
             value = transport(law, drawn)
