@@ -183,9 +183,9 @@ def score_masked_by_the_law(patch: Patch) -> None:
 def guide_term_of_the_wrong_sign(patch: Patch) -> None:
     """The guide's log-probability is taken for a gain."""
 
-    def negated(guide: Any, terms: Any, soft: bool = False) -> Any:
+    def negated(guide: Any, terms: Any, *rest: Any, **options: Any) -> Any:
         terms = [replace(t, value=-t.value) if t.in_guide else t for t in terms]
-        return right(guide, terms, soft)
+        return right(guide, terms, *rest, **options)
 
     right = objective.site_costs
     patch.setattr(objective, "site_costs", negated)
@@ -197,7 +197,7 @@ def guide_term_of_the_wrong_sign(patch: Patch) -> None:
 def costs_by(patch: Patch, keep: Any) -> None:
     """Each site sums the terms in its reach at once, and keeps frames by a rule of one's own."""
 
-    def site_costs(guide: Sequence[Any], terms: Any, soft: bool = False) -> dict[str, costs.Cost]:
+    def site_costs(guide: Sequence[Any], terms: Any, **options: Any) -> dict[str, costs.Cost]:
         found = {}
         for place, site in enumerate(guide):
             if not site.latent or site.ask.pathwise:
@@ -263,10 +263,10 @@ def reach_of_the_last_site_met(patch: Patch) -> None:
 def reach_stops_at_the_next_site(patch: Patch) -> None:
     """A site pays for its own terms, not for what later sites make of its value."""
 
-    def site_costs(guide: Sequence[Any], terms: Any, soft: bool = False) -> Any:
+    def site_costs(guide: Sequence[Any], terms: Any, *rest: Any, **options: Any) -> Any:
         last = len(guide) - 1
         near = [t for t in terms if t.reach < last or t.in_guide]
-        return right(guide, near, soft)
+        return right(guide, near, *rest, **options)
 
     right = objective.site_costs
     patch.setattr(objective, "site_costs", site_costs)

@@ -127,10 +127,10 @@ def test_hard_value_kept_downstream(monkeypatch: Patch) -> None:
 def test_terms_behind_a_site_that_breaks_kept(monkeypatch: Patch) -> None:
     right = costs.site_costs
 
-    def keeping(guide: Any, terms: Any, soft: bool = False) -> Any:
+    def keeping(guide: Any, terms: Any, *rest: Any, **options: Any) -> Any:
         for site in guide:
             site.breaks = False
-        return right(guide, terms, soft)
+        return right(guide, terms, *rest, **options)
 
     estimators = {"z": REBAR(), "y": REINFORCE()}
     with pytest.warns(UserWarning, match="cannot be relaxed"):

@@ -32,7 +32,7 @@ def check_laws_have_the_scores_at_the_temperature_as_logits() -> None:
     torch.testing.assert_close(z.probs, (2 * X).softmax(-1))
     torch.testing.assert_close(h.probs, (2 * X).sigmoid())
     assert not nodes["z"]["is_observed"]
-    assert nodes["z"]["infer"] == {}
+    assert nodes["z"]["infer"] == {"randomized": True}
 
 
 def test_laws_have_the_scores_at_the_temperature_as_logits() -> None:
