@@ -667,7 +667,7 @@ def test_measure_valued_variance_is_below_the_score_s() -> None:
 
 
 def test_coupled_scale_has_less_variance() -> None:
-    r"""The Maxwell number shares the value's normal one. Stored: 576 outcomes by the certificate.
+    r"""The Maxwell number shares the value's normal one.
 
     For a quadratic cost :math:`z^2` at location 0 and scale 1 the estimate is :math:`w^2`,
     of variance 4; with a Maxwell number drawn apart it would be :math:`m^2 - n^2`, of variance 8.
