@@ -27,7 +27,7 @@ class Certificate:
         mean: The exact expectation of the estimate.
         variance: Its exact variance, elementwise. It is NaN where a one-hot or indexed site
             differs between rows: rows then share their noise in another way than here. For the
-            measure-valued gradient of a Normal's scale it is 1 to 5 % off with 30 nodes: the
+            measure-valued gradient of a Normal's scale it is up to 5 % off with 30 nodes: the
             square has a kink, which no rule of polynomials sees.
         outcomes: How many outcomes were summed.
     """
