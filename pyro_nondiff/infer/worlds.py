@@ -255,6 +255,7 @@ class GuideWorlds(Recorder):
     def _fresh(self, law: Law, ask: Ask) -> Tensor:
         """A draw from a law that is no map of noise: afresh in each world."""
         shape = self._worldly(law.batch_shape, law, rows=True)
+        shape = torch.Size((1,) * (len(law.batch_shape) - len(shape))) + shape
         if shape != law.batch_shape:
             law = law.expand(shape)
         soft_branch = self.branch is not None and self.branch.temperature is not None

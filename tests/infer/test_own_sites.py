@@ -68,6 +68,22 @@ def test_a_site_of_the_model_that_is_observed_in_the_guide() -> None:
         TraceEstimator_ELBO(RLOO(2)).loss_and_grads(auxiliary_model, observing)
 
 
+@pytest.mark.filterwarnings("ignore:site 'own' cannot be relaxed")
+def test_a_law_without_noise_behind_a_soft_site_in_many_base_worlds() -> None:
+    """Its rows are hard ones alone: one dimension of size 1, which its draws must keep."""
+
+    def counting() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("early", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+        rate = (logit() + z).exp()
+        own = pyro.sample("own", dist.Poisson(rate), infer={"is_auxiliary": True})
+        pyro.sample("x", dist.Normal(own, 1.0), obs=torch.tensor(1.0))
+
+    elbo = TraceEstimator_ELBO(REBAR(), num_particles=3, worlds="vectorized")
+    counted = config_estimator(counting, {"own": REINFORCE()})
+    assert elbo.unreduced(counted, guide).loss.shape == (3,)
+
+
 # --- values that come from a handler inside ---------------------------------------------------
 
 
