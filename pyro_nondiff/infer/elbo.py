@@ -1,6 +1,7 @@
 """The evidence lower bound, with an estimator a site."""
 
-from typing import Any, cast
+from copy import copy
+from typing import Any, Self, cast
 
 import torch
 from pyro.infer import ELBO
@@ -139,6 +140,13 @@ class TraceEstimator_ELBO(ELBO):
         """The loss and the surrogate of each base world; nothing learnt changes."""
         pair = self._pair(model, guide, args, kwargs)
         return take_step(pair, self._planner.run(pair, estimating=True))
+
+    def vectorized(self, num_particles: int) -> Self:
+        """The same objective with other base worlds, run at once; it shares what it has learnt."""
+        other = copy(self)
+        other.num_particles, other.worlds = num_particles, "vectorized"
+        other._planner = Planner(num_particles, self.max_plate_nesting, other.worlds)
+        return other
 
     def plan_of(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
         """The worlds that a step runs in."""

@@ -9,6 +9,7 @@ functions of one of them alone, so its mean does not see the coupling (its varia
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,24 +77,42 @@ def certify_soft(
         >>> certificate.bias < 1e-6
         True
     """
+    mean, size = soft_mean(
+        elbo, model, guide, args, kwargs, step=step, width=width, nodes=nodes, coupled=coupled
+    )
+    exact = exact_gradient(model, guide, *args, nodes=nodes, **kwargs)
+    exact = {name: exact[name] for name in mean}
+    nothing = {name: torch.full_like(value, torch.nan) for name, value in mean.items()}
+    return Certificate(exact, mean, nothing, size)
+
+
+def soft_mean(
+    elbo: TraceEstimator_ELBO,
+    model: Program,
+    guide: Program,
+    args: Any = (),
+    kwargs: Any = MappingProxyType({}),
+    *,
+    step: float = 0.4,
+    width: float = 25.0,
+    nodes: int = 12,
+    coupled: bool = True,
+) -> tuple[dict[str, Tensor], int]:
+    """The mean of the estimate for each parameter, and the number of base worlds."""
     elbo.differentiable_loss(model, guide, *args, **kwargs)  # plans, parameters and states exist
     num_hard = elbo.plan_of(model, guide, *args, **kwargs).num_hard
     grid = Grid(num_hard, np.arange(-width, width + step, step), nodes, coupled)
     with noise.source(grid):  # a first run finds the axes
         elbo.unreduced(model, guide, *args, **kwargs)
     grid.settle()
-    copy = TraceEstimator_ELBO(elbo.estimator, num_particles=grid.size, worlds="vectorized")
-    copy.states = elbo.states
-    copy.unreduced(model, guide, *args, **kwargs)
+    many = elbo.vectorized(grid.size)
+    many.unreduced(model, guide, *args, **kwargs)
     with noise.source(grid):
-        surrogate = copy.unreduced(model, guide, *args, **kwargs).surrogate
-    parameters = parameters_of(model, guide)
+        surrogate = many.unreduced(model, guide, *args, **kwargs).surrogate
+    found = parameters_of(model, guide)
+    parameters = {name: p for name, p in found.items() if not name.startswith("estimator.")}
     mean = gradients_of((grid.weight.detach() * surrogate).sum(), parameters)
-    exact = exact_gradient(model, guide, *args, nodes=nodes, **kwargs)
-    exact = {name: value for name, value in exact.items() if not name.startswith("estimator.")}
-    mean = {name: mean[name] for name in exact}
-    nothing = {name: torch.full_like(value, torch.nan) for name, value in mean.items()}
-    return Certificate(exact, mean, nothing, grid.size)
+    return mean, grid.size
 
 
 @dataclass
