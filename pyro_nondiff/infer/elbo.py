@@ -116,7 +116,7 @@ class TraceEstimator_ELBO(ELBO):
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss as a number, from ``num_particles`` base worlds."""
         with torch.no_grad():
-            chunks = self._planner.run(self._pair(model, guide, args, kwargs), estimating=False)
+            chunks = self._run(self._pair(model, guide, args, kwargs), estimating=False)
             return float(evaluate(chunks).mean())
 
     def differentiable_loss(
@@ -139,13 +139,14 @@ class TraceEstimator_ELBO(ELBO):
     def unreduced(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Step:
         """The loss and the surrogate of each base world; nothing learnt changes."""
         pair = self._pair(model, guide, args, kwargs)
-        return take_step(pair, self._planner.run(pair, estimating=True))
+        return take_step(pair, self._run(pair))
 
     def vectorized(self, num_particles: int) -> Self:
         """The same objective with other base worlds, run at once; it shares what it has learnt."""
         other = copy(self)
         other.num_particles, other.worlds = num_particles, "vectorized"
         other._planner = Planner(num_particles, self.max_plate_nesting, other.worlds)
+        other._planner.warned = self._planner.warned
         return other
 
     def plan_of(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
@@ -163,7 +164,7 @@ class TraceEstimator_ELBO(ELBO):
             For each site, the gradient of the loss with respect to the logits, of their shape.
         """
         pair = self._pair(model, guide, args, kwargs)
-        chunks = self._planner.run(pair, estimating=True)
+        chunks = self._run(pair)
         step = take_step(pair, chunks)
         if len(chunks) > 1:
             raise NonDiffError(
@@ -188,10 +189,15 @@ class TraceEstimator_ELBO(ELBO):
                 )
         return Pair(model, guide, args, kwargs, self.estimator, self.states.of)
 
+    def _run(self, pair: Pair, estimating: bool = True) -> list[Chunk]:
+        """All worlds of a step, or the base worlds alone where only the loss is wanted."""
+        chunks = self._planner.run(pair, estimating)
+        self._look_at(chunks[0])
+        return chunks
+
     def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Step, Tensor]:
         pair = self._pair(model, guide, args, kwargs)
-        chunks = self._planner.run(pair, estimating=True)
-        self._look_at(chunks[0])
+        chunks = self._run(pair)
         step = take_step(pair, chunks)
         surrogate = step.surrogate.mean()
         if (own := own_gradients(step.own_losses, self.states)) is not None:

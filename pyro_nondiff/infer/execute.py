@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from traceback import extract_tb
 from typing import Any
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -268,6 +269,8 @@ def _model_term(site: Site, reach: int, run: Run, plan: Plan, soft: bool) -> Ter
 def _scored(site: Site, plan: Plan, soft: bool, rows: int) -> tuple[Tensor, Tensor]:
     """A site's log-probability, and the same scaled and masked, with all dimensions."""
     score, masked = log_prob(site.law, site.value, soft)
+    if not masked.is_floating_point():  # a factor of counts, say
+        score, masked = (x.to(torch.get_default_dtype()) for x in (score, masked))
     value = lift(scale_and_mask(masked, site.scale, site.mask), plan.nesting + 2)
     _check_shape(site, value, plan, rows)
     return lift(score, plan.nesting + 2), value

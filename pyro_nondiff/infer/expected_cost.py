@@ -34,7 +34,8 @@ class ExpectedCost(TraceEstimator_ELBO):
         discount: :math:`\gamma` in (0, 1]. In the estimate at a site, a cost that lies :math:`k`
             sample sites later counts :math:`\gamma^k`. The loss itself is not discounted.
         entropy_bonus: :math:`\beta`, what the entropy of each latent site is worth: a number, a
-            tensor, or a schedule, whose ``step()`` you call once a step.
+            tensor, or a schedule, whose ``step()`` you call once a step. It counts as a cost that
+            is stated just before the site.
         **options: As for :class:`TraceEstimator_ELBO`.
 
     Raises:

@@ -38,7 +38,7 @@ class Planner:
         self.modes = _MODES[worlds]
         self._plans: dict[Any, Plan] = {}
         self._least: dict[Any, Plan] = {}
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def run(self, pair: Pair, estimating: bool) -> list[Chunk]:
         """Runs guide and model in all worlds of a step.
@@ -77,8 +77,8 @@ class Planner:
 
     def warn(self, text: str) -> None:
         """Says something once."""
-        if text not in self._warned:
-            self._warned.add(text)
+        if text not in self.warned:
+            self.warned.add(text)
             warnings.warn(text, NonDiffWarning, stacklevel=2)
 
     def _wanted(self, chunks: list[Chunk], estimating: bool) -> Plan:
