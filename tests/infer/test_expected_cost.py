@@ -259,11 +259,10 @@ def test_in_svi(estimator: Any) -> None:
 
 
 def test_evaluation_takes_the_most_probable_value() -> None:
-    objective = ExpectedCost(RLOO(2))
-    with handlers.mode():
-        assert objective.loss(choice, no_guide) == 2.0
-        pyro.param("a").data.fill_(-0.4)
-        assert objective.loss(choice, no_guide) == 0.0
+    objective, greedy = ExpectedCost(RLOO(2)), handlers.mode()(choice)
+    assert objective.loss(greedy, no_guide) == 2.0
+    pyro.param("a").data.fill_(-0.4)
+    assert objective.loss(greedy, no_guide) == 0.0
 
 
 def test_costs_that_are_counts() -> None:
