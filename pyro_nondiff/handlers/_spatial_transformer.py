@@ -60,7 +60,7 @@ class SpatialTransformer(AbstractHandler):
     be used. Positions and weights are computed in float32 at least, also under autocast, and the
     identity is exact. Outputs of more than 32768 numbers are read by torch's kernel, which rounds
     positions by :math:`2^{-24}` of the image's side: there, at a pixel's centre, the derivative may
-    be that on the left.
+    be that on the left. On a GPU a paste, and the gradient to an image, are sums in no fixed order.
 
     Convention:
         Places are as for :func:`pyro_nondiff.ops.crop` and :func:`pyro_nondiff.ops.warp`: boxes
