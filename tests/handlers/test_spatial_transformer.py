@@ -404,12 +404,21 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         SpatialTransformer(**arguments)
 
 
-def test_place_that_is_not_finite() -> None:
+def test_place_that_is_not_finite_is_refused() -> None:
     image, box = torch.rand(1, 5, 5), torch.tensor([math.nan, 0.0, 1.0, 1.0])
     with SpatialTransformer(), pytest.raises(NonDiffError, match="op 'c': crop: box has values"):
         crop("c", image, box, (3, 3))
-    with pyro.validation_enabled(False), SpatialTransformer():
-        assert crop("c", image, box, (3, 3)).isnan().all()
+
+
+@every_mode
+@every_padding
+@pytest.mark.usefixtures("way")
+def test_nan_is_not_hidden(mode: str, padding: str) -> None:
+    image, box = torch.rand(1, 5, 5), torch.tensor([math.nan, 0.0, 1.0, 1.0], requires_grad=True)
+    with pyro.validation_enabled(False), SpatialTransformer(mode, padding):
+        value = crop("c", image, box, (3, 3))
+    (gradient,) = torch.autograd.grad(value.sum(), box)
+    assert value.isnan().all() or gradient.isnan().any()
 
 
 @pytest.mark.usefixtures("param_store")
