@@ -139,6 +139,9 @@ def _shared_by_worlds(images: torch.Size, batch: torch.Size) -> bool:
 
 def _by_kernel(image: Tensor, x: Tensor, y: Tensor, shape: torch.Size, border: bool) -> Tensor:
     """By the kernel, which has one grid an image: what worlds read there stands in more rows."""
+    if border:  # there torch's kernel reads any memory at NaN, and may end the process
+        hidden = ((x - x) + (y - y)).detach()
+        x, y = (part.nan_to_num(0.0, 0.0, 0.0) for part in (x, y))
     images = image.reshape(-1, *image.shape[-3:])
     height, width = image.shape[-2:]
     parts = (x + 0.5) / (width / 2) - 1, (y + 0.5) / (height / 2) - 1
@@ -147,7 +150,8 @@ def _by_kernel(image: Tensor, x: Tensor, y: Tensor, shape: torch.Size, border: b
     rows = grid.reshape(-1, len(images), *shape[-2:], 2).transpose(0, 1).flatten(1, 2)
     kernel: Any = _Kernel.apply
     value: Tensor = kernel(images, rows, border).unflatten(2, (-1, shape[-2]))
-    return value.movedim(2, 0).reshape(shape)
+    value = value.movedim(2, 0).reshape(shape)
+    return value + hidden if border else value
 
 
 class _Kernel(torch.autograd.Function):

@@ -72,8 +72,8 @@ class SpatialTransformer(AbstractHandler):
 
         A negative width or height mirrors, a width of 0 repeats one column, a single output row
         or column looks at the middle, and each has its gradient. A place outside of the image
-        reads the padding. Without Pyro's validation, a place that is NaN makes the value or the
-        gradient NaN, and an infinite one does so or reads the padding.
+        reads the padding. Without Pyro's validation, a place that is NaN makes the value NaN, and
+        an infinite one does so or reads the padding.
 
     Arguments:
         mode: The filter.

@@ -417,8 +417,9 @@ def test_nan_is_not_hidden(mode: str, padding: str) -> None:
     image, box = torch.rand(1, 5, 5), torch.tensor([math.nan, 0.0, 1.0, 1.0], requires_grad=True)
     with pyro.validation_enabled(False), SpatialTransformer(mode, padding):
         value = crop("c", image, box, (3, 3))
-    (gradient,) = torch.autograd.grad(value.sum(), box)
-    assert value.isnan().all() or gradient.isnan().any()
+    # torch's kernel would read outside of its memory here, with the outer pixels going on.
+    torch.autograd.grad(value.sum(), box)
+    assert value.isnan().all()
 
 
 @pytest.mark.usefixtures("param_store")
