@@ -65,7 +65,7 @@ def by_matrices(image: Tensor, box: Tensor) -> Tensor:
 
 
 def composed(image: Tensor, box: Tensor) -> Tensor:
-    """The way that worlds sharing an image, and small outputs, take."""
+    """The way that small outputs take."""
     x, y = box_grid(box, (IMAGE, IMAGE), (SIZE, SIZE))
     return _bilinear._compose(image, x, y, border=False)
 

@@ -1,12 +1,13 @@
 """Bilinear interpolation between the four pixels around a position, and its adjoint.
 
-There are two ways to the same value. Composed operations have all derivatives, work in worlds that
-share an image, and find whole positions exactly. They write a dozen arrays of the output's size,
+There are two ways to the same value. Composed operations have all derivatives, take images that are
+shared in any way, and find whole positions exactly. They write a dozen arrays of the output's size,
 which takes twice the time of torch's kernel as soon as the arrays are large.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile
 from math import prod
 from typing import Any, NamedTuple
 
@@ -57,9 +58,11 @@ def interpolate(image: Tensor, grid: Grid, border: bool) -> Tensor:
     dtype = torch.promote_types(image.dtype, grid.x.dtype)
     x, y = grid.x.to(dtype), grid.y.to(dtype)
     shape = canvas_shape(image, grid, (y.shape[-2], x.shape[-1]))
-    own = shape[:-2] == image.shape[:-2]
-    read = _by_kernel if own and prod(shape) > _SMALL else _compose
-    return read(image.to(dtype), x, y, border).to(image.dtype)
+    if prod(shape) > _SMALL and _shared_by_worlds(image.shape[:-3], shape[:-3]):
+        value = _by_kernel(image.to(dtype), x, y, shape, border)
+    else:
+        value = _compose(image.to(dtype), x, y, border)
+    return value.to(image.dtype)
 
 
 @whole
@@ -128,16 +131,27 @@ def _compose(image: Tensor, x: Tensor, y: Tensor, border: bool) -> Tensor:
     return upper * corners[0].below + lower * corners[2].below
 
 
-def _by_kernel(image: Tensor, x: Tensor, y: Tensor, border: bool) -> Tensor:
+def _shared_by_worlds(images: torch.Size, batch: torch.Size) -> bool:
+    """Whether only dimensions at the left of all images' are larger in the batch."""
+    own = tuple(dropwhile(lambda size: size == 1, images))
+    return tuple(batch[len(batch) - len(own) :]) == own
+
+
+def _by_kernel(image: Tensor, x: Tensor, y: Tensor, shape: torch.Size, border: bool) -> Tensor:
+    """By the kernel, which has one grid an image: what worlds read there stands in more rows."""
+    if border:  # there torch's kernel reads any memory at NaN, and may end the process
+        hidden = ((x - x) + (y - y)).detach()
+        x, y = (part.nan_to_num(0.0, 0.0, 0.0) for part in (x, y))
+    images = image.reshape(-1, *image.shape[-3:])
     height, width = image.shape[-2:]
-    shape = (*image.shape[:-3], 1, y.shape[-2], x.shape[-1])
     parts = (x + 0.5) / (width / 2) - 1, (y + 0.5) / (height / 2) - 1
-    grid = torch.stack([part.expand(shape) for part in parts], -1)
+    place = (*shape[:-3], 1, *shape[-2:])
+    grid = torch.stack([part.expand(place) for part in parts], -1)
+    rows = grid.reshape(-1, len(images), *shape[-2:], 2).transpose(0, 1).flatten(1, 2)
     kernel: Any = _Kernel.apply
-    value: Tensor = kernel(
-        image.reshape(-1, *image.shape[-3:]), grid.reshape(-1, *grid.shape[-3:]), border
-    )
-    return value.reshape(*image.shape[:-2], *shape[-2:])
+    value: Tensor = kernel(images, rows, border).unflatten(2, (-1, shape[-2]))
+    value = value.movedim(2, 0).reshape(shape)
+    return value + hidden if border else value
 
 
 class _Kernel(torch.autograd.Function):

@@ -60,7 +60,7 @@ class SpatialTransformer(AbstractHandler):
     be used. Positions and weights are computed in float32 at least, also under autocast, and the
     identity is exact. Outputs of more than 32768 numbers are read by torch's kernel, which rounds
     positions by :math:`2^{-24}` of the image's side: there, at a pixel's centre, the derivative may
-    be that on the left.
+    be that on the left. On a GPU a paste, and the gradient to an image, are sums in no fixed order.
 
     Convention:
         Places are as for :func:`pyro_nondiff.ops.crop` and :func:`pyro_nondiff.ops.warp`: boxes
@@ -72,8 +72,8 @@ class SpatialTransformer(AbstractHandler):
 
         A negative width or height mirrors, a width of 0 repeats one column, a single output row
         or column looks at the middle, and each has its gradient. A place outside of the image
-        reads the padding. Without Pyro's validation, a place that is not finite makes the value or
-        the gradient NaN.
+        reads the padding. Without Pyro's validation, a place that is NaN makes the value NaN, and
+        an infinite one does so or reads the padding.
 
     Arguments:
         mode: The filter.

@@ -322,15 +322,33 @@ def test_far_away_spot_is_seen_by_the_wider_filters() -> None:
 
 @every_mode
 @pytest.mark.usefixtures("way")
-def test_images_and_boxes_broadcast(mode: str) -> None:
-    image, box = torch.rand(3, 1, 5, 6), boxes(4, 1)
+@pytest.mark.parametrize(
+    ("images", "places"),
+    [
+        ((3,), (4, 1)),
+        ((1, 3), (4, 3)),
+        ((), (4, 3)),
+        ((4, 1), (3,)),
+        ((4, 3), ()),
+        ((1, 1), (1, 2)),
+    ],
+)
+def test_images_and_boxes_broadcast(
+    mode: str, images: tuple[int, ...], places: tuple[int, ...]
+) -> None:
+    batch = torch.broadcast_shapes(images, places)
+    image, box = torch.rand(*images, 2, 5, 6), boxes(*places).requires_grad_()
     with SpatialTransformer(mode):
         found = crop("c", image, box, (2, 3))
-        expected = crop("c", image.expand(4, 3, 1, 5, 6), box.expand(4, 3, 4), (2, 3))
-        pasted = paste("p", torch.rand(3, 1, 2, 2), box, (5, 6))
+        expected = crop("c", image.expand(*batch, 2, 5, 6), box.expand(*batch, 4), (2, 3))
+        pasted = paste("p", image, box, (7, 7))
     # Both ways of interpolation may be met, and round positions of up to 10 pixels differently.
     torch.testing.assert_close(found, expected, rtol=0, atol=200 * EPS)
-    assert pasted.shape == (4, 3, 1, 5, 6)
+    weight = torch.rand_like(found)
+    slopes = [torch.autograd.grad((v * weight).sum(), box)[0] for v in (found, expected)]
+    # Sums of up to 144 slopes below 1 a pixel, of 6 pixels.
+    torch.testing.assert_close(*slopes, rtol=0, atol=6 * 144 * 10 * EPS)
+    assert pasted.shape == (*batch, 2, 7, 7)
 
 
 @every_mode
@@ -386,12 +404,22 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         SpatialTransformer(**arguments)
 
 
-def test_place_that_is_not_finite() -> None:
+def test_place_that_is_not_finite_is_refused() -> None:
     image, box = torch.rand(1, 5, 5), torch.tensor([math.nan, 0.0, 1.0, 1.0])
     with SpatialTransformer(), pytest.raises(NonDiffError, match="op 'c': crop: box has values"):
         crop("c", image, box, (3, 3))
-    with pyro.validation_enabled(False), SpatialTransformer():
-        assert crop("c", image, box, (3, 3)).isnan().all()
+
+
+@every_mode
+@every_padding
+@pytest.mark.usefixtures("way")
+def test_nan_is_not_hidden(mode: str, padding: str) -> None:
+    image, box = torch.rand(1, 5, 5), torch.tensor([math.nan, 0.0, 1.0, 1.0], requires_grad=True)
+    with pyro.validation_enabled(False), SpatialTransformer(mode, padding):
+        value = crop("c", image, box, (3, 3))
+    # torch's kernel would read outside of its memory here, with the outer pixels going on.
+    torch.autograd.grad(value.sum(), box)
+    assert value.isnan().all()
 
 
 @pytest.mark.usefixtures("param_store")
