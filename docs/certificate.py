@@ -22,9 +22,14 @@ from pyro_nondiff.estimators import (
     MeasureValued,
     StraightThrough,
 )
-from pyro_nondiff.infer import TraceEstimator_ELBO, config_estimator
+from pyro_nondiff.infer import (
+    ExpectedCost,
+    TraceEstimator_ELBO,
+    config_estimator,
+    no_guide,
+)
 from pyro_nondiff.testing import certify, certify_soft
-from tests.certificates import continuous_programs, programs, soft_programs
+from tests.certificates import continuous_programs, own_programs, programs, soft_programs
 
 HEAD = """Certificate
 ===========
@@ -107,6 +112,23 @@ temperature 1 is exact until another site depends on the value. ``gumbel_rao`` h
      - largest gradient
 """
 
+OWN_HEAD = """
+Expected costs, and the model's own sites
+-----------------------------------------
+
+Programs whose sites no guide draws, under :class:`pyro_nondiff.infer.ExpectedCost`, and models
+with sites of their own behind a guide, in an ELBO. Costs that NumPy looks up have no derivative.
+Where noise is integrated, *outcomes* are the points of the rule; else they are all draws.
+
+.. list-table::
+   :header-rows: 1
+
+   * - program
+     - estimator
+     - bias
+     - outcomes
+"""
+
 HARD = {
     "one site": (programs.one_site, ("bernoulli", "one_hot", "categorical")),
     "three dependent sites": (programs.chain, ("bernoulli",)),
@@ -152,6 +174,27 @@ LAWS = {
     "Exponential": (continuous_programs.EXPONENTIAL, 1),
     "ScaleGamma": (continuous_programs.SCALE_GAMMA, 1),
 }
+HARD_ESTIMATORS = (REINFORCE(), RLOO(2), DisARM(), Enumerate(), MeasureValued())
+COSTS = {
+    "one decision": own_programs.one_decision(programs.BERNOULLI),
+    "three decisions in a row": own_programs.decisions(programs.BERNOULLI),
+    "a Normal between": own_programs.normal_between(programs.BERNOULLI),
+    "a scaled plate with a mask": own_programs.buyers(programs.BERNOULLI, "law"),
+    "costs looked up by NumPy": own_programs.looked_up,
+}
+OWN = {
+    "own site behind a guide's": own_programs.downstream(programs.BERNOULLI),
+    "own site before a guide's": own_programs.upstream(programs.BERNOULLI),
+    "own sites around a guide's": own_programs.between(programs.BERNOULLI),
+}
+SOFT_OWN: list[tuple[str, Any, Any]] = [
+    ("one decision", None, REBAR()),
+    ("one decision", None, RELAX()),
+    ("one decision, black box", None, RELAX(relaxed_cost=False)),
+    ("own site behind a guide's", own_programs.downstream, REBAR()),
+    ("own site behind a guide's", own_programs.downstream, RELAX()),
+    ("own site before a guide's", own_programs.upstream, REBAR()),
+]
 STRAIGHT_THROUGH: list[tuple[str, Any]] = [
     ("one Bernoulli", lambda: programs.one_site(programs.BERNOULLI)),
     ("one-hot of three", lambda: programs.one_site(programs.ONE_HOT)),
@@ -264,12 +307,33 @@ def biased_rows() -> str:
     return rows
 
 
+def own_rows() -> str:
+    """The table of expected costs, and of the model's own sites."""
+    rows = ""
+    pairs: dict[str, Any] = {title: (program, no_guide) for title, program in COSTS.items()}
+    for title, pair in (pairs | OWN).items():
+        for estimator in HARD_ESTIMATORS:
+            pyro.clear_param_store()
+            kind = ExpectedCost if title in COSTS else TraceEstimator_ELBO
+            found = certify(kind(estimator, worlds="vectorized"), *pair, nodes=2)
+            rows += row(title, type(estimator).__name__, f"{found.bias:.0e}", found.outcomes)
+    for title, structure, estimator in SOFT_OWN:
+        pyro.clear_param_store()
+        torch.manual_seed(0)  # of the networks that RELAX makes
+        pair = structure(programs.BERNOULLI) if structure else pairs["one decision"]
+        kind = TraceEstimator_ELBO if structure else ExpectedCost
+        found = certify_soft(kind(estimator, worlds="vectorized"), *pair, step=0.3)
+        rows += row(title, type(estimator).__name__, f"{found.bias:.0e}", found.outcomes)
+    return rows
+
+
 def main() -> None:
     """Certifies, and writes the page."""
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore", NonDiffWarning)
     page = HEAD + hard_rows() + SOFT_HEAD + soft_rows()
     page += CONTINUOUS_HEAD + continuous_rows() + BIASED_HEAD + biased_rows()
+    page += OWN_HEAD + own_rows()
     Path(__file__).with_name("certificate.rst").write_text(page)
 
 

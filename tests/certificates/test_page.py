@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from pyro_nondiff.estimators import StraightThrough
+from pyro_nondiff.estimators import MeasureValued, StraightThrough
+from pyro_nondiff.infer import ExpectedCost, no_guide
 from pyro_nondiff.testing import certify
 
-from . import programs
+from . import own_programs, programs
 from .checks import TOLERANCE, elbo_of
 from .test_bias import ESTIMATORS
 
@@ -44,10 +45,11 @@ ROWS = [row for row in tables()[0] if (row["program"], row["law"]) in CHEAP]
 
 
 def test_page_has_all_estimators_and_no_bias_but_of_straight_through() -> None:
-    hard, soft, continuous, biased = tables()
+    hard, soft, continuous, biased, own = tables()
     assert {row["estimator"] for row in hard} == set(NAMES)
     assert {row["estimator"] for row in continuous} == {"LAX", "MeasureValued"}
-    assert all(float(row["bias"]) <= TOLERANCE for row in [*hard, *continuous])
+    assert {row["estimator"] for row in own} == {*NAMES, "MeasureValued", "REBAR", "RELAX"}
+    assert all(float(row["bias"]) <= TOLERANCE for row in [*hard, *continuous, *own])
     # quadrature leaves an error of its own, 1e-7 in three dimensions
     assert all(float(row["bias"]) <= 1e-7 for row in soft)
     exact = [row["program"] for row in biased if float(row["bias"]) <= TOLERANCE]
@@ -88,5 +90,29 @@ def test_row_still_holds(row: dict[str, str], param_store: Any) -> None:
     assert certificate.bias <= TOLERANCE
 
 
+COSTS = {
+    "one decision": own_programs.one_decision(programs.BERNOULLI),
+    "a Normal between": own_programs.normal_between(programs.BERNOULLI),
+    "costs looked up by NumPy": own_programs.looked_up,
+}
+COST_ROWS = [
+    row
+    for row in tables()[4]
+    if row["program"] in COSTS and row["estimator"] not in ("REBAR", "RELAX")
+]
+
+
+@pytest.mark.parametrize("row", COST_ROWS, ids=lambda row: f"{row['program']}-{row['estimator']}")
+def test_row_of_an_expected_cost_still_holds(row: dict[str, str], param_store: Any) -> None:
+    """Outcomes as stated; no bias."""
+    estimator = MeasureValued() if row["estimator"] == "MeasureValued" else None
+    estimator = estimator or ESTIMATORS[NAMES[row["estimator"]]]()
+    objective = ExpectedCost(estimator, worlds="vectorized")
+    found = certify(objective, COSTS[row["program"]], no_guide, nodes=2)
+    assert found.outcomes == int(row["outcomes"])
+    assert found.bias <= TOLERANCE
+
+
 def test_cheap_rows_are_on_the_page() -> None:
     assert len(ROWS) == 4 + 3 + 3 + 4
+    assert len(COST_ROWS) == 3 * 5
