@@ -107,6 +107,5 @@ class given(AbstractChooser):
         self.values = dict(values)
 
     def _pyro_sample(self, msg: Any) -> None:
-        wanted = self.is_for(msg["name"]) and msg["value"] is None
-        if wanted and not msg["is_observed"]:
+        if self.is_for(msg["name"]) and self.gives(msg):
             msg["value"], msg["done"] = self.values[msg["name"]], True

@@ -97,9 +97,7 @@ class mode(AbstractChooser):
         super().__init__(sites)
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) or msg["is_observed"] or not self.is_for(msg["name"]):
-            return
-        if msg["value"] is None:
+        if not site_is_subsample(msg) and self.gives(msg):
             msg["value"], msg["done"] = most_probable(msg["name"], msg["fn"]), True
 
 

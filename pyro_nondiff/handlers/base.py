@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from ..errors import NonDiffError
-from ..ops._op import Answer, Call, Op
+from ..ops._op import IN_WORLDS, Answer, Call, Op
 
 __all__ = ["AbstractChooser", "AbstractHandler", "Sites"]
 
@@ -44,6 +44,22 @@ class AbstractChooser(Messenger, ABC):
         if self.sites is None:
             return True
         return self.sites(name) if callable(self.sites) else name in self.sites
+
+    def gives(self, msg: Any) -> bool:
+        """Whether the handler is to give a latent site its value.
+
+        Raises:
+            NonDiffError: If an objective inside has given it one.
+        """
+        if msg["is_observed"] or not self.is_for(msg["name"]):
+            return False
+        if msg.get(IN_WORLDS):
+            raise NonDiffError(
+                f"{type(self).__name__} is around an objective, which has drawn site "
+                f"'{msg['name']}' already. Put it around the program: "
+                f"loss({type(self).__name__}(...)(program), ...)."
+            )
+        return msg["value"] is None
 
     def __enter__(self) -> Self:
         self._met = set()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..distributions import Law
 from ..errors import NonDiffError
 from ..estimators import AbstractEstimator, Ask, Draw
+from ..ops._op import IN_WORLDS
 from .plan import Plan
 
 
@@ -67,8 +68,13 @@ class Recorder(Messenger):
             if msg["value"] is None and msg["name"] in self.subsamples:
                 msg["value"] = self.subsamples[msg["name"]]
                 msg["done"] = True
-        elif not msg["is_observed"]:
-            (self.give_value if msg["value"] is None else self.keep_value)(msg)
+        elif msg["is_observed"]:
+            return
+        elif msg["value"] is None:
+            self.give_value(msg)
+            msg[IN_WORLDS] = True
+        else:
+            self.keep_value(msg)
 
     def give_value(self, msg: Any) -> None:
         """Sets the value of a latent site."""

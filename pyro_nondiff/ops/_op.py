@@ -17,12 +17,26 @@ from torch import Tensor
 
 from ..errors import NonDiffError
 
-__all__ = ["RANDOMIZED", "Answer", "Call", "Drawn", "Op", "Value", "decide", "op", "plain"]
+__all__ = [
+    "IN_WORLDS",
+    "RANDOMIZED",
+    "Answer",
+    "Call",
+    "Drawn",
+    "Op",
+    "Value",
+    "decide",
+    "op",
+    "plain",
+]
 
 Op = Callable[..., Any]
 
 RANDOMIZED = "randomized"
 """The entry of a site's ``infer`` dictionary that says that a handler made the site of an op."""
+
+IN_WORLDS = "drawn_in_worlds"
+"""The entry of a site's message that says that an objective has drawn it, or given its value."""
 
 
 class Call(NamedTuple):

@@ -265,6 +265,16 @@ def test_evaluation_takes_the_most_probable_value() -> None:
     assert objective.loss(greedy, no_guide) == 0.0
 
 
+@pytest.mark.parametrize("handler", [handlers.mode(), handlers.given({"z": torch.tensor(1.0)})])
+def test_a_handler_around_the_objective_comes_too_late(handler: Any) -> None:
+    """It would do nothing, in silence."""
+    with (
+        pytest.raises(NonDiffError, match="around an objective, which has drawn site 'z'"),
+        handler,
+    ):
+        ExpectedCost(RLOO(2)).loss(choice, no_guide)
+
+
 def test_costs_that_are_counts() -> None:
     """Integers are numbers: a program need not say so."""
 
