@@ -6,6 +6,7 @@ text under the directive is its caption. What is written goes to ``_build``, whi
 
 import csv
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from sphinx.util.docutils import SphinxDirective
 from torch import Tensor
 
 import pyro_nondiff.distributions as laws
-from pyro_nondiff import noise
+from pyro_nondiff import handlers, noise
+from pyro_nondiff.estimators import REINFORCE, MovingAverage
+from pyro_nondiff.infer import ExpectedCost
 from tests.distributions.biases import CASES, bias_table
+from tests.handlers.crop_program import bright_patch, search
 
 FOLDER = Path(__file__).parent / "_build" / "pictures"
 
@@ -285,6 +289,38 @@ def log_gamma() -> Figure:
     return figure
 
 
+@cache
+def searches() -> dict[str, list[list[float]]]:
+    """Learning curves of the program that looks for a bright patch, some for each handler."""
+    ours = {
+        "SpatialTransformer": (handlers.SpatialTransformer(), lambda: None, 1),
+        "randomize, REINFORCE": (
+            handlers.randomize(scale=0.08),
+            lambda: REINFORCE(MovingAverage()),
+            5,
+        ),
+        "ignore": (handlers.ignore(), lambda: None, 1),
+    }
+    return {
+        name: [search(handler, ExpectedCost(estimator()), bright_patch(), 200) for _ in range(runs)]
+        for name, (handler, estimator, runs) in ours.items()
+    }
+
+
+def crop_curves() -> Figure:
+    """How a place is learnt under three handlers."""
+    figure, axes = canvas(2.9)
+    for name, runs in searches().items():
+        curves = torch.tensor(runs)
+        steps = 1 + torch.arange(curves.shape[1])
+        (line,) = axes.plot(steps, curves.median(0).values, label=name)
+        low, high = curves.min(0).values, curves.max(0).values
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+    axes.set(xlabel="step", ylabel="brightness found", ylim=(0, 1.05), xlim=(0, 200))
+    axes.legend(loc="center right")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     drawn.__name__: drawn
     for drawn in (
@@ -298,6 +334,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         exponential,
         gamma,
         log_gamma,
+        crop_curves,
     )
 }
 

@@ -11,8 +11,9 @@ from torch.distributions import Bernoulli
 from ..distributions import Law, Temperature, check_temperature, core, describe
 from ..distributions.temperature import current
 from ..errors import NonDiffError
-from ..ops import Drawn, argmax, step
-from .base import AbstractChooser, AbstractHandler, Sites
+from ..ops import Drawn, argmax, crop, paste, step, warp
+from ..ops._op import Op, plain
+from .base import AbstractChooser, AbstractHandler, Rule, Sites
 
 __all__ = ["mode", "randomize"]
 
@@ -25,20 +26,29 @@ class randomize(AbstractHandler):
     ==========================  ===================================================
     ``argmax``, ``select``      ``OneHotCategorical(logits=scores / temperature)``
     ``step``                    ``Bernoulli(logits=x / temperature)``
+    ``crop``, ``paste``         ``Normal(box, scale)``
+    ``warp``                    ``Normal(theta, scale)``
     ==========================  ===================================================
 
     So every estimator of the library serves it, and ``pyro.poutine.condition``, ``do`` and
     ``replay`` mean what they mean for any site. The value is hard, unless the site's estimator has
     soft worlds, as REBAR has: a ``select`` then sums there.
 
-    The site belongs to the program that has the op: in a guide, it wants its prior in the model.
+    The place of a crop is drawn, and the crop at it stays hard: it has no gradient to the place.
+    The Normal is therefore drawn without one, so that an objective takes its estimator for discrete
+    sites, or the one that is chosen by name, such as LAX.
+
+    The site belongs to the program that has the op. In a guide, it wants its prior in the model;
+    in a model alone it adds no KL, see :doc:`/expected_cost`.
 
     Arguments:
         temperature: A number, a tensor that broadcasts with the batch shape, or a schedule.
+        scale: The standard deviation of a place, in its own units: a number, or a tensor that
+            broadcasts with the box or ``theta``.
         sites: As for :class:`AbstractHandler`.
 
     Raises:
-        NonDiffError: For a temperature that is not positive.
+        NonDiffError: For a temperature or a scale that is not positive.
 
     Example:
         >>> from pyro_nondiff.handlers import randomize
@@ -53,10 +63,19 @@ class randomize(AbstractHandler):
         | https://arxiv.org/abs/1406.6247
     """
 
-    def __init__(self, temperature: Temperature = 1.0, *, sites: Sites = None) -> None:
+    def __init__(
+        self,
+        temperature: Temperature = 1.0,
+        *,
+        scale: float | Tensor = 0.1,
+        sites: Sites = None,
+    ) -> None:
         check_temperature("randomize", temperature, validate=True)
+        if isinstance(scale, float | int) and not scale > 0:
+            raise NonDiffError(f"randomize: scale must be positive, found {scale}.")
         super().__init__(sites)
         self.temperature = temperature
+        self.scale = scale
 
 
 @randomize.rule(argmax)
@@ -69,6 +88,24 @@ def _(handler: randomize, name: str, scores: Tensor, *, event_dim: int = 1) -> D
 def _(handler: randomize, name: str, x: Tensor, *, event_dim: int = 0) -> Drawn:
     logits = x / current(handler.temperature)
     return Drawn(dist.Bernoulli(logits=logits).to_event(event_dim))
+
+
+def _at_a_random_place(op: Op, event_dim: int) -> Rule:
+    """The rule of an op that has a place: it is drawn, and the op does its hard thing there."""
+
+    def rule(
+        handler: randomize, name: str, image: Tensor, place: Tensor, size: tuple[int, int]
+    ) -> Drawn:
+        # drawn without gradient: the hard op would swallow it in silence
+        law = dist.Normal(place, handler.scale).has_rsample_(False).to_event(event_dim)
+        return Drawn(law, then=lambda drawn: plain(op)(name, image, drawn, size))
+
+    return rule
+
+
+randomize.rule(crop)(_at_a_random_place(crop, 1))
+randomize.rule(paste)(_at_a_random_place(paste, 1))
+randomize.rule(warp)(_at_a_random_place(warp, 2))
 
 
 class mode(AbstractChooser):

@@ -29,7 +29,7 @@ from pyro_nondiff.handlers import (
     soften,
     straight_through,
 )
-from pyro_nondiff.infer import TraceEstimator_ELBO
+from pyro_nondiff.infer import ExpectedCost, TraceEstimator_ELBO, no_guide
 from pyro_nondiff.ops import argmax, cost, external, select, step
 
 pytestmark = pytest.mark.usefixtures("param_store")
@@ -44,10 +44,6 @@ def train(
     for _ in range(num_steps):
         svi.step()
         after()
-
-
-def nothing() -> None:
-    """The guide of a program with no sample sites."""
 
 
 # --- (a) the right one of ten items ----------------------------------------------------
@@ -89,7 +85,7 @@ def chosen() -> int:
 
 @pytest.mark.parametrize("program", [from_table, from_outside, all_outside])
 def test_ignoring_the_choice_moves_nothing(program: Program) -> None:
-    train(ignore()(program), nothing, Trace_ELBO(), num_steps=5, lr=0.1)
+    train(ignore()(program), no_guide, Trace_ELBO(), num_steps=5, lr=0.1)
     assert torch.equal(scores(), torch.zeros(10))
 
 
@@ -105,25 +101,23 @@ def test_ignoring_the_choice_moves_nothing(program: Program) -> None:
     ids=["soften", "softmax", "identity", "selected", "perturb"],
 )
 def test_picks_the_right_item_of_a_table(handler: AbstractHandler) -> None:
-    train(handler(from_table), nothing, Trace_ELBO(), num_steps=200, lr=0.1)
+    train(handler(from_table), no_guide, Trace_ELBO(), num_steps=200, lr=0.1)
     assert chosen() == BEST
 
 
 def test_picks_the_right_item_behind_a_door_by_noise_on_the_scores() -> None:
-    train(perturb()(all_outside), nothing, Trace_ELBO(), num_steps=200, lr=0.1)
+    train(perturb()(all_outside), no_guide, Trace_ELBO(), num_steps=200, lr=0.1)
     assert chosen() == BEST
 
 
 def test_straight_through_does_not_reach_through_a_door() -> None:
-    train(straight_through()(from_outside), nothing, Trace_ELBO(), num_steps=5, lr=0.1)
+    train(straight_through()(from_outside), no_guide, Trace_ELBO(), num_steps=5, lr=0.1)
     assert torch.equal(scores(), torch.zeros(10))
 
 
 @pytest.mark.parametrize("program", [from_table, from_outside])
 def test_picks_the_right_item_by_randomness(program: Program) -> None:
-    """Guide and model draw the item from the same law, so that only the cost is left."""
-    elbo = TraceEstimator_ELBO(RLOO(4))
-    train(randomize()(program), randomize()(choose), elbo, num_steps=400, lr=0.05)
+    train(randomize()(program), no_guide, ExpectedCost(RLOO(4)), num_steps=400, lr=0.05)
     assert chosen() == BEST
     assert int(mode()(randomize()(choose))().argmax()) == BEST
 
@@ -165,7 +159,7 @@ def right() -> int:
 
 
 def test_ignoring_the_thresholds_learns_nothing() -> None:
-    train(ignore()(classify), nothing, Trace_ELBO(), num_steps=50, lr=0.05)
+    train(ignore()(classify), no_guide, Trace_ELBO(), num_steps=50, lr=0.05)
     assert right() == 2  # all units are still on for all inputs, so one answer serves all
 
 
@@ -181,7 +175,7 @@ def test_ignoring_the_thresholds_learns_nothing() -> None:
     ids=["soften", "softmax", "identity", "selected", "perturb"],
 )
 def test_thresholds_learn_xor(handler: AbstractHandler) -> None:
-    train(handler(classify), nothing, Trace_ELBO(), num_steps=300, lr=0.05)
+    train(handler(classify), no_guide, Trace_ELBO(), num_steps=300, lr=0.05)
     assert right() == 4
 
 
@@ -189,14 +183,45 @@ def test_thresholds_learn_xor_under_an_annealed_temperature() -> None:
     """At the end the soft program is the hard one."""
     temperature = ExponentialAnnealing(1.0, 0.05, num_steps=300)
     program = soften(temperature)(classify)
-    train(program, nothing, Trace_ELBO(), 300, lr=0.05, after=temperature.step)
+    train(program, no_guide, Trace_ELBO(), 300, lr=0.05, after=temperature.step)
     assert right() == 4
     assert bool(((program() > 0) == (Y > 0)).all())
 
 
+def test_guide_and_model_of_one_law_leave_the_cost_alone() -> None:
+    """The laws cancel, so an ELBO of the same program twice trains the expected cost too."""
+    elbo = TraceEstimator_ELBO(RLOO(4))
+    train(randomize()(from_table), randomize()(choose), elbo, num_steps=400, lr=0.05)
+    assert chosen() == BEST
+
+
+ITEMS = torch.tensor([1.0, 2.0, 4.0])
+
+
+def between() -> None:
+    """A price between two items: a soft choice can pay it, and a hard one cannot."""
+    item = select("item", pyro.param("scores", lambda: torch.zeros(3)), ITEMS)
+    cost("off", (item - 2.2) ** 2)
+
+
+def test_a_hard_run_shows_what_the_soft_choice_had_hidden() -> None:
+    """The mixture is off by nothing, the item that it leans to by 0.04 at best."""
+    train(soften()(between), no_guide, Trace_ELBO(), num_steps=300, lr=0.05)
+    soft, hard = (Trace_ELBO().loss(run, no_guide) for run in (soften()(between), between))
+    assert soft < 1e-6
+    assert hard > 0.03
+
+    pyro.clear_param_store()
+    temperature = ExponentialAnnealing(1.0, 0.02, num_steps=300)
+    program = soften(temperature)(between)
+    train(program, no_guide, Trace_ELBO(), 300, lr=0.05, after=temperature.step)
+    soft, hard = (Trace_ELBO().loss(run, no_guide) for run in (program, between))
+    assert hard == pytest.approx(0.04, rel=1e-6)  # float32 in the schedule and in the prices
+    assert abs(hard - soft) < 1e-3  # at this temperature what is left of the mixture is e^-25
+
+
 @pytest.mark.parametrize("estimator", [RLOO(8), DisARM(), StraightThrough()], ids=repr)
 def test_random_thresholds_learn_xor(estimator: AbstractEstimator) -> None:
-    elbo = TraceEstimator_ELBO(estimator)
-    train(randomize()(classify), randomize()(hidden), elbo, num_steps=300, lr=0.05)
+    train(randomize()(classify), no_guide, ExpectedCost(estimator), num_steps=300, lr=0.05)
     assert right() == 4
     assert torch.equal(mode()(randomize()(classify))(), classify())

@@ -10,8 +10,10 @@ from pyro import poutine
 
 from pyro_nondiff.distributions import ExponentialAnnealing, StraightThroughBernoulli
 from pyro_nondiff.errors import NonDiffError
+from pyro_nondiff.estimators import RLOO
 from pyro_nondiff.handlers import mode, randomize, soften
-from pyro_nondiff.ops import argmax, external, select, step
+from pyro_nondiff.infer import ExpectedCost, no_guide
+from pyro_nondiff.ops import argmax, cost, crop, external, paste, select, step, warp
 
 X = torch.tensor([[0.3, -1.0, 2.0], [5.0, 0.0, 4.0]])
 
@@ -148,3 +150,74 @@ def test_mode_does_not_touch_ops_that_are_no_sites() -> None:
         assert torch.equal(argmax("z", X), X.softmax(-1))
     with pytest.raises(NonDiffError, match=r"mode: sites has \['z'\], but the program met \[\]"):
         mode(sites="z")(argmax)("z", X)
+
+
+# --- places of images -------------------------------------------------------------------------
+
+IMAGE = torch.arange(64.0).reshape(1, 8, 8)
+BOX = torch.tensor([0.25, 0.25, 0.5, 0.5])
+THETA = torch.tensor([[0.5, 0.0, 0.1], [0.0, 0.5, -0.2]])
+PLACED = {
+    "crop": (lambda: crop("place", IMAGE, BOX, (4, 4)), BOX),
+    "paste": (lambda: paste("place", IMAGE, BOX, (8, 8)), BOX),
+    "warp": (lambda: warp("place", IMAGE, THETA, (4, 4)), THETA),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_place_is_a_normal_site_and_what_is_there_stays_hard(name: str) -> None:
+    program, place = PLACED[name]
+    with poutine.trace() as recorded:
+        value = randomize(scale=0.2)(program)()
+    site = recorded.trace.nodes["place"]
+    assert (site["fn"].batch_shape, site["fn"].event_shape) == ((), place.shape)
+    assert torch.equal(site["fn"].mean, place)
+    assert torch.equal(site["fn"].stddev, torch.full_like(place, 0.2))
+    assert torch.equal(value, value.round())  # whole pixels, of whole numbers
+    assert torch.equal(mode()(randomize()(program))(), program())
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_place_that_is_given_is_where_the_op_looks(name: str) -> None:
+    program, place = PLACED[name]
+    with randomize():
+        found = poutine.condition(program, data={"place": place})()
+    assert torch.equal(found, program())
+
+
+def look() -> None:
+    box = pyro.param("box", BOX)
+    cost("dark", -crop("window", IMAGE, box, (4, 4)).mean((-1, -2, -3)))
+
+
+def check_the_place_has_a_gradient(elbo: Any) -> None:
+    """Its sign is known: the image grows brighter to the right and, eight times so, downwards."""
+    found = torch.stack(
+        [
+            torch.autograd.grad(
+                elbo.differentiable_loss(randomize()(look), no_guide), pyro.param("box")
+            )[0][:2]
+            for _ in range(4)
+        ]
+    )
+    assert float(found.mean(0)[1]) < 0
+
+
+@pytest.mark.parametrize("estimator", [None, RLOO(200)], ids=repr)
+@pytest.mark.usefixtures("param_store")
+def test_a_place_is_not_taken_for_pathwise(estimator: Any) -> None:
+    # 800 draws: the gradient, 32 a box's height, is 15 standard errors away from 0
+    check_the_place_has_a_gradient(ExpectedCost(estimator, num_particles=200))
+
+
+@pytest.mark.usefixtures("param_store")
+def test_planted_pathwise_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``rsample`` the site would be pathwise, and the hard crop has no path."""
+    monkeypatch.setattr(dist.Normal, "has_rsample_", lambda self, value: self)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_the_place_has_a_gradient(ExpectedCost(num_particles=200))
+
+
+def test_a_scale_is_positive() -> None:
+    with pytest.raises(NonDiffError, match="randomize: scale must be positive, found 0"):
+        randomize(scale=0)
