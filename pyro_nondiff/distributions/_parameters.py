@@ -55,7 +55,8 @@ def with_parameters(law: Law, new: Mapping[str, Tensor]) -> Law:
     """
     base = core(law)
     made = _made(base, new)
-    return made.to_event(law.event_dim - base.event_dim)
+    count = len(law.event_shape) - len(base.event_shape)  # a base may be torch's own law
+    return dist.Independent(made, count) if count else made
 
 
 @singledispatch

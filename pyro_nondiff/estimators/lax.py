@@ -6,17 +6,21 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
 
 from ..distributions import (
     Law,
     core,
     describe,
+    dtype_and_device,
     log_prob,
     noise_kind,
+    noise_shape,
     parameters,
     transport,
     with_parameters,
 )
+from ..errors import NonDiffError
 from ._control import Control, check_module, controlled, network_value, small_network
 from .base import AbstractEstimator, Ask, Context, Draw, Estimate
 from .baselines import RunningMean
@@ -78,12 +82,13 @@ class LAX(AbstractEstimator):
         check_module("LAX", self.control_variate)
 
     def refuse(self, law: Law) -> str | None:
-        if noise_kind(law) in _KINDS and not _learnt_transform(core(law)):
+        if noise_kind(law) in _KINDS and _fixed_transforms(law):
             return None
         return (
-            "LAX needs a Normal, MultivariateNormal, Exponential or ScaleGamma law, or fixed "
-            f"transforms of one, and this one is {describe(law)}. Use RLOO(), which serves any "
-            "law, or RELAX(relaxed_cost=False) for a Bernoulli or OneHotCategorical."
+            "LAX needs a Normal, MultivariateNormal, Exponential or ScaleGamma law, or one under "
+            f"bijective transforms that are not learnt, and this one is {describe(law)}. Use "
+            "RLOO(), which serves any law, or RELAX(relaxed_cost=False) for a Bernoulli or "
+            "OneHotCategorical."
         )
 
     def ask(self, law: Law) -> Ask:
@@ -101,7 +106,10 @@ class LAX(AbstractEstimator):
         state: nn.Module | None,
     ) -> Draw:
         if noise is None:
-            raise TypeError("a law that LAX serves is a map of noise")
+            raise NonDiffError(
+                f"LAX: the concentration of {describe(law)} differs between worlds, which share no "
+                "noise then. Pass worlds='sequential', or use RLOO()."
+            )
         attached = _learnt(law)
         with torch.enable_grad():
             leaves = _leaves(law, attached, noise)
@@ -130,16 +138,28 @@ class LAX(AbstractEstimator):
         return controlled(draw, costs[0], Control(baseline + value, slopes), learnt)
 
 
-def _learnt_transform(base: Law) -> bool:
-    """Whether a transform of a law has parameters of its own, which would get no gradient."""
-    values = [value for t in getattr(base, "transforms", ()) for value in vars(t).values()]
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+def _fixed_transforms(law: Law) -> bool:
+    """Whether a law's transforms, if it has some, are bijective and have nothing to learn.
+
+    What they learn would get no gradient. It may lie in a composed or inverted transform, or in a
+    network: a value tells.
+    """
+    base = core(law)
+    if not isinstance(base, TransformedDistribution):
+        return True
+    if not all(transform.bijective for transform in base.transforms):
+        return False
+    twin = with_parameters(law, {name: p.detach() for name, p in parameters(law).items()})
+    dtype, device = dtype_and_device(law)
+    value = transport(twin, torch.zeros(noise_shape(twin), dtype=dtype, device=device))
+    return not value.requires_grad
 
 
 def _learnt(law: Law) -> dict[str, Tensor]:
-    """The parameters that have a gradient; all of them if none has."""
+    """The parameters that have a gradient; if none has, all but a concentration, which is fixed."""
     found = parameters(law)
-    return {name: p for name, p in found.items() if p.requires_grad} or found
+    learnt = {name: p for name, p in found.items() if p.requires_grad}
+    return learnt or {name: p for name, p in found.items() if name != "concentration"}
 
 
 def _leaves(law: Law, attached: Mapping[str, Tensor], noise: Tensor) -> dict[str, Tensor]:

@@ -88,25 +88,35 @@ def _normal(law: Law, value: Tensor, rayleigh: Tensor) -> _Difference:
 
 
 class _Rule(NamedTuple):
-    """The difference of a law, how many values it moves a number to, and whether at random."""
+    """The difference of a law by some of its parameters.
+
+    Arguments:
+        difference: What makes it of the law, a value and Rayleigh numbers.
+        names: The parameters.
+        moves: How many values a number is moved to.
+        random: Whether the Rayleigh numbers are used.
+    """
 
     difference: Callable[[Law, Tensor, Tensor], _Difference]
-    moves: int
-    random: bool
+    names: tuple[str, ...]
+    moves: int = 1
+    random: bool = True
 
 
 _RULES: dict[type, _Rule] = {
-    Bernoulli: _Rule(_bernoulli, 1, False),
-    Poisson: _Rule(_poisson, 1, False),
-    Exponential: _Rule(_exponential, 1, True),
-    ScaleGamma: _Rule(_scale_gamma, 1, True),
-    Gamma: _Rule(_gamma, 1, True),
-    Normal: _Rule(_normal, 3, True),
+    Bernoulli: _Rule(_bernoulli, ("logits",), random=False),
+    Poisson: _Rule(_poisson, ("rate",), random=False),
+    Exponential: _Rule(_exponential, ("rate",)),
+    ScaleGamma: _Rule(_scale_gamma, ("scale",)),
+    Gamma: _Rule(_gamma, ("rate",)),
+    Normal: _Rule(_normal, ("loc", "scale"), moves=3),
 }
 
 
 def _rule(law: Law) -> _Rule | None:
-    return next((rule for kind, rule in _RULES.items() if isinstance(core(law), kind)), None)
+    """The rule of a law, None for one that is made of something else, as a Chi2 is."""
+    found = next((rule for kind, rule in _RULES.items() if isinstance(core(law), kind)), None)
+    return found if found is not None and parameters(law).keys() >= set(found.names) else None
 
 
 @dataclass(frozen=True)

@@ -182,10 +182,10 @@ class GuideWorlds(Recorder):
         if kind is None:
             return None
         shape = self._worldly(noise_shape(law), law)
-        concentration = noise_concentration(law)
+        concentration = noise_concentration(law) if kind == "gamma" else None
         if concentration is not None and not _fits(concentration, shape):
             return None  # it differs between rows, which can share no noise then
-        shared = self._shared_noise(name)
+        shared = self._shared_noise(name, concentration)
         if shared is not None and lift(shared, len(shape)).shape == shape:
             return lift(shared, len(shape))
         dtype, device = dtype_and_device(law)
@@ -195,11 +195,17 @@ class GuideWorlds(Recorder):
         request = noise_source.Request(name, kind, *place, role, law, concentration)
         return noise_source.draw(request)
 
-    def _shared_noise(self, name: str) -> Tensor | None:
+    def _shared_noise(self, name: str, concentration: Tensor | None) -> Tensor | None:
         """The noise that a site has had in the run which this one branches from, or completes."""
         before = self._known if self.branch is None else self.branch.base
         site = before.get(name)
-        return None if site is None else site.noise
+        if site is None or site.noise is None:
+            return None
+        if self.branch is not None and concentration is not None:
+            had = noise_concentration(site.law)
+            if had is None or not torch.equal(had, concentration):
+                return None  # noise of another law
+        return site.noise
 
     def _worldly(self, shape: torch.Size, law: Law, rows: bool = False) -> torch.Size:
         """The shape of a law's draws: one for each base world, and for each row if asked."""
