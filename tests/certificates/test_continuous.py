@@ -492,7 +492,7 @@ def test_refusals() -> None:
             dist.TransformedDistribution(
                 dist.Normal(0.0, 1.0), [dist.transforms.AffineTransform(rate, 1.0)]
             ),
-            "fixed transforms",
+            "transforms that are not learnt",
         ),
     ]
     for estimator, law, message in cases:
