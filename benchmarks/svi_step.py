@@ -12,12 +12,9 @@ beside this file.
 import argparse
 import gzip
 import os
-import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
@@ -33,9 +31,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_nondiff.estimators import REINFORCE, RLOO, DisARM, MovingAverage
 from pyro_nondiff.infer import TraceEstimator_ELBO
-
-Step = Callable[[], object]
-Times = dict[str, list[float]]
 
 DECAY = 0.9
 LEARNING_RATE = 1e-3
@@ -216,41 +211,6 @@ def chain_steps(length: int, device: str, optimise: bool = True) -> dict[str, St
 # --- measuring ----------------------------------------------------------------------------
 
 
-def measure(steps: dict[str, Step], rounds: int, seconds: float, device: str) -> Times:
-    """Milliseconds a step: for each candidate, one number a round.
-
-    Arguments:
-        steps: The candidates.
-        rounds: How often each is timed.
-        seconds: About how long it runs each time.
-        device: On the CPU the process's own time is read; elsewhere the wall's.
-    """
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    repeats = {}
-    for name, step in steps.items():
-        for _ in range(3):  # the first steps plan, check and allocate
-            step()
-        sync()
-        begin = clock()
-        for _ in range(3):
-            step()
-        sync()
-        repeats[name] = max(1, round(3 * seconds / max(clock() - begin, 1e-6)))
-    times: Times = {name: [] for name in steps}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(steps), len(steps)):
-            step = steps[name]
-            sync()
-            begin = clock()
-            for _ in range(repeats[name]):
-                step()
-            sync()
-            times[name].append(1e3 * (clock() - begin) / repeats[name])
-    return times
-
-
 def measure_chains(args: argparse.Namespace, optimise: bool) -> dict[int, Times]:
     """Chains of all lengths, interleaved like everything else."""
     steps = {
@@ -263,26 +223,6 @@ def measure_chains(args: argparse.Namespace, optimise: bool) -> dict[int, Times]
         length, _, name = key.partition(" ")
         chains[int(length)][name] = times
     return chains
-
-
-def ratios(times: Times, name: str, to: str) -> list[float]:
-    """The ratio of two candidates in each round."""
-    return [a / b for a, b in zip(times[name], times[to], strict=True)]
-
-
-def spread(values: list[float]) -> str:
-    """Median, and least and greatest in brackets."""
-    middle = statistics.median(values)
-    return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def ratio_table(times: Times, to: list[str]) -> Iterator[str]:
-    """A row a candidate: milliseconds, and ratios to some of them."""
-    yield f"| candidate | ms a step | {' | '.join(f'/ {name}' for name in to)} |"
-    yield "|---|---|" + "---|" * len(to)
-    for name in times:
-        cells = [spread(ratios(times, name, other)) for other in to]
-        yield f"| {name} | {spread(times[name])} | {' | '.join(cells)} |"
 
 
 def chain_table(all_times: dict[int, Times]) -> Iterator[str]:
@@ -329,16 +269,6 @@ def targets(vae: Times, chains: dict[int, Times]) -> Iterator[str]:
     for what, found, limit in asked:
         met = "yes" if statistics.median(found) <= limit else "no"
         yield f"| {what} | {spread(found)} | {limit:.2f} | {met} |"
-
-
-@contextmanager
-def quiet_machine() -> Iterator[None]:
-    """One thread, and Pyro's validation off."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pyro.validation_enabled(False):
-        yield
-    torch.set_num_threads(threads)
 
 
 def arguments() -> argparse.Namespace:
