@@ -1,5 +1,6 @@
 """Objectives: they run programs in worlds, collect costs, and ask the estimators."""
 
+from .compiled import CompiledSVI as CompiledSVI
 from .config import config_estimator as config_estimator
 from .elbo import EstimatorELBOModule as EstimatorELBOModule
 from .elbo import TraceEstimator_ELBO as TraceEstimator_ELBO
@@ -14,6 +15,7 @@ from .plan import Plan as Plan
 
 __all__ = [
     "Branches",
+    "CompiledSVI",
     "EstimatorELBOModule",
     "ExpectedCost",
     "Plan",

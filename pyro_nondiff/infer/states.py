@@ -1,10 +1,11 @@
 """What the estimators of an objective learn, kept by site name."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..distributions import Law
@@ -42,6 +43,7 @@ class EstimatorStates(nn.Module):
         state = estimator.make_state(law)
         if state is not None and any(True for _ in state.parameters()):
             self._trained[key] = state
+            _take_from_store(f"estimator.{key}", state)
         if state is not None and (waiting := self._waiting.pop(key, None)) is not None:
             state.load_state_dict(waiting)
         return state
@@ -80,6 +82,16 @@ class EstimatorStates(nn.Module):
                 key, _, rest = name[len(prefix) :].partition(".")
                 if key not in self._modules:
                     self._waiting.setdefault(key, {})[rest] = value
+
+
+def _take_from_store(name: str, state: nn.Module) -> None:
+    """Takes the parameters that the store has, before they are used: it may have been loaded."""
+    store = pyro.get_param_store()
+    for path, _ in list(state.named_parameters()):
+        full_name = param_with_module_name(name, path)
+        if full_name in store:
+            owner, _, last = path.rpartition(".")
+            state.get_submodule(owner)._parameters[last] = cast(nn.Parameter, store[full_name])
 
 
 def own_gradients(losses: list[Tensor], states: EstimatorStates) -> Tensor | None:

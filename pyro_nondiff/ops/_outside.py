@@ -9,6 +9,7 @@ import torch
 from pyro.poutine import block
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NonDiffError
 from ._op import op
@@ -62,10 +63,39 @@ def external(
         tensor(3)
     """
     rows, batch = _rows(name, args, event_dim)
-    like = next((x for x in rows if isinstance(x, Tensor)), torch.empty(()))
-    floats = (x for x in rows if isinstance(x, Tensor) and x.is_floating_point())
+    shape = tuple(shape)
+    found = call_outside(name, fn, rows, batch.numel(), shape, batched)
+    return found.reshape(batch + shape)
+
+
+def call_outside(
+    name: str,
+    fn: Callable[..., Any],
+    rows: Sequence[Any],
+    count: int,
+    shape: tuple[int, ...],
+    batched: bool,
+) -> Tensor:
+    """All calls of an op, with what they answer put together.
+
+    As one call it is seen by a ``TorchFunctionMode``.
+
+    Arguments:
+        name: The op's name.
+        fn: What is called.
+        rows: Its arguments; tensors have one batch dimension.
+        count: The size of the batch.
+        shape: The shape of what one call returns.
+        batched: Whether it is called once for all.
+    """
+    tensors = tuple(x for x in rows if isinstance(x, Tensor))
+    if has_torch_function(tensors):
+        seen: Tensor = handle_torch_function(
+            call_outside, tensors, name, fn, rows, count, shape, batched
+        )
+        return seen
+    floats = (x for x in tensors if x.is_floating_point())
     dtype = next(floats, torch.empty(())).dtype
-    shape, count = tuple(shape), batch.numel()
     with torch.no_grad(), block():
         if batched:
             found = _answer(name, fn, rows)
@@ -80,7 +110,7 @@ def external(
     _check_finite(name, found)
     if found.is_floating_point():
         found = found.to(dtype)
-    return found.to(like.device).reshape(batch + shape)
+    return found.to(tensors[0].device) if tensors else found
 
 
 def cost(name: str, value: Tensor | np.ndarray | float) -> None:

@@ -1,0 +1,164 @@
+"""Calls of what lies outside the program, as operations of a recorded graph.
+
+A graph holds an operator with a number that stands for what is called. Nothing is called while the
+step is recorded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import has_side_effect
+from torch.overrides import TorchFunctionMode
+
+from ..errors import NonDiffError
+from ..ops._outside import call_outside
+
+_calls: WeakValueDictionary[int, "OutsideCall"] = WeakValueDictionary()
+_numbers = count()
+
+TENSOR = object()
+"""Stands for a tensor among the arguments of a call."""
+
+
+@dataclass(eq=False)
+class OutsideCall:
+    """One call of an ``external`` op in a recorded step.
+
+    Arguments:
+        name: The op's name.
+        fn: What is called.
+        rows: Its arguments, with :data:`TENSOR` for each tensor.
+        size: The size of the batch.
+        shape: The shape of what one call returns.
+        batched: Whether it is called once for all.
+        dtype: Of what it answered when the step ran.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    rows: Sequence[Any]
+    size: int
+    shape: tuple[int, ...]
+    batched: bool
+    dtype: torch.dtype
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Calls it."""
+        given = iter(tensors)
+        rows = [next(given) if row is TENSOR else row for row in self.rows]
+        found = call_outside(self.name, self.fn, rows, self.size, self.shape, self.batched)
+        if found.dtype != self.dtype:
+            raise NonDiffError(
+                f"op '{self.name}' returned {found.dtype}, and {self.dtype} when its step was "
+                "recorded. Return numbers of one kind."
+            )
+        return found
+
+
+class NoteOutside(TorchFunctionMode):
+    """Notes what ``external`` ops call, and the kind of numbers that each answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Callable[..., Any]] = []
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is call_outside:
+            name, fn, *_ = args
+            self.functions.append(fn)
+            self.dtypes[name] = found.dtype
+        return found
+
+
+class RecordOutside(TorchFunctionMode):
+    """Puts calls into the graph that is being recorded.
+
+    Arguments:
+        dtypes: What each op answered when the step ran.
+    """
+
+    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__()
+        self.dtypes = dtypes
+        self.calls: list[OutsideCall] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is call_outside:
+            return self._record(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        rows: Sequence[Any],
+        size: int,
+        shape: tuple[int, ...],
+        batched: bool,
+    ) -> Tensor:
+        if name not in self.dtypes:
+            raise NonDiffError(f"op '{name}' is met at some steps and not at others")
+        if _holds_fake(fn):
+            raise NonDiffError(
+                f"op '{name}' calls a function that holds a tensor of the step. Give it as an "
+                "argument of the op"
+            )
+        tensors = [row for row in rows if isinstance(row, Tensor)]
+        rest = [TENSOR if isinstance(row, Tensor) else row for row in rows]
+        call = OutsideCall(name, fn, rest, size, shape, batched, self.dtypes[name])
+        self.calls.append(call)
+        number = next(_numbers)
+        _calls[number] = call
+        found: Tensor = operator()(tensors or [torch.empty(())], number)
+        return found
+
+
+def _holds_fake(fn: Any) -> bool:
+    held: list[Any] = [*fn.args, *fn.keywords.values()] if isinstance(fn, partial) else []
+    for cell in getattr(fn, "__closure__", None) or ():
+        with suppress(ValueError):  # it is not assigned
+            held.append(cell.cell_contents)
+    return any(isinstance(thing, FakeTensor) for thing in held)
+
+
+@cache
+def operator() -> Any:
+    """The operator, which is made when the first such step is recorded."""
+    torch.library.define("pyro_nondiff::outside", "(Tensor[] rows, int call) -> Tensor")
+
+    @torch.library.impl("pyro_nondiff::outside", "default")
+    def outside(rows: list[Tensor], call: int) -> Tensor:
+        known = _calls[call]
+        return known(rows)
+
+    def answer(rows: list[Tensor], call: int) -> Tensor:
+        known = _calls[call]
+        return rows[0].new_empty((known.size, *known.shape), dtype=known.dtype)
+
+    torch.library.register_fake("pyro_nondiff::outside", answer)
+
+    found = torch.ops.pyro_nondiff.outside.default
+    has_side_effect(found)
+    return found

@@ -1,0 +1,364 @@
+"""What a program can reach from outside its arguments: tensors, numbers, words, objects.
+
+A step is recorded as a function of the tensors that it finds in such places. They are looked up
+again before each call, so that a change is seen, in place or by assignment. All else is watched:
+a step that was recorded when it was different is stale.
+"""
+
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pyro
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, device, dtype, nn
+from torch.distributions import Distribution
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), dtype, device)
+
+_MODULE = vars(nn.Module())
+_LIBRARIES = {"torch", "pyro", "numpy", "pyro_nondiff", *sys.stdlib_module_names} - {"__main__"}
+_OPEN = (Distribution, Messenger, ELBO, partial, Namespace, SimpleNamespace)
+_LONGEST = 64  # of the lists and dictionaries that are looked into
+_MOST = 4096  # things that are watched
+
+
+class Place(NamedTuple):
+    """A place: a mapping, one of its keys, and what to call it in a message."""
+
+    holder: Mapping[Any, Any]
+    key: Any
+    label: str
+
+    @property
+    def value(self) -> Any:
+        """What is there now, or None."""
+        return self.holder.get(self.key)
+
+
+class _Cell(MutableMapping[str, Any]):
+    """The variable of a closure as a mapping with one key."""
+
+    def __init__(self, name: str, cell: CellType) -> None:
+        self.name, self.cell = name, cell
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # it is not assigned
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.cell.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.cell.cell_contents
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.name
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _List(MutableMapping[int, Any]):
+    """A list as a mapping from its places."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items_ = items
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self.items_[place]
+        except IndexError:
+            raise KeyError(place) from None
+
+    def __setitem__(self, place: int, value: Any) -> None:
+        self.items_[place] = value
+
+    def __delitem__(self, place: int) -> None:
+        del self.items_[place]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.items_)))
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+class _Size(Mapping[str, Any]):
+    """How many things a container holds, as a mapping with one key."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+
+    def __getitem__(self, key: str) -> int:
+        return len(self.container)
+
+    def __iter__(self) -> Iterator[str]:
+        yield "size"
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _Store(MutableMapping[str, Any]):
+    """The unconstrained values of Pyro's param store, which makes a new table when cleared."""
+
+    def __getitem__(self, name: str) -> Any:
+        return pyro.get_param_store()._params[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        pyro.get_param_store()._params[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del pyro.get_param_store()._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(pyro.get_param_store()._params)
+
+    def __len__(self) -> int:
+        return len(pyro.get_param_store()._params)
+
+
+STORE = _Store()
+
+
+class Surroundings:
+    """All that a program can reach from outside its arguments, as far as it can be found.
+
+    These are the param store; the modules that ran; closures, and the globals that functions name;
+    attributes of objects that are the user's own; and what lies in lists, tuples and dictionaries
+    of at most 64 things. What other libraries hold, NumPy arrays among them, is known by identity.
+
+    Arguments:
+        programs: The functions, methods, modules and objectives to start from.
+        modules: Modules that were seen to run.
+        outside: What the programs call outside themselves, which may change as it likes.
+    """
+
+    def __init__(
+        self,
+        programs: Iterable[Any],
+        modules: Iterable[nn.Module],
+        outside: Iterable[Callable[..., Any]] = (),
+    ) -> None:
+        self._made_of = programs, modules, outside
+        self.places: list[Place] = []
+        self.watched: list[Place] = []
+        self.modules: list[nn.Module] = []
+        self._holders: list[MutableMapping[Any, Any]] = []
+        self._met: dict[int, Any] = {}
+        self._waiting: deque[tuple[Any, str]] = deque()
+        for fn in outside:
+            parts = (fn, getattr(fn, "__self__", fn), getattr(fn, "__code__", fn))
+            self._met.update({id(part): part for part in parts})
+        self._keep(STORE, "parameter {}")
+        store = pyro.get_param_store()
+        self._holders += [store._param_to_name, store._constraints]
+        for thing in (*modules, *programs):
+            self._waiting.append((thing, getattr(thing, "__name__", type(thing).__name__)))
+        while self._waiting:
+            self._visit(*self._waiting.popleft())
+
+    def again(self) -> "Surroundings":
+        """What can be reached now: things may have been replaced by others like them."""
+        return Surroundings(*self._made_of)
+
+    def is_like(self, other: "Surroundings", values: list[Any]) -> bool:
+        """Whether the same places are there, with equal numbers and things of the same kinds.
+
+        Arguments:
+            other: What could be reached earlier.
+            values: What was watched in it then.
+        """
+        pairs = ((self.watched, other.watched), (self.places, other.places))
+        if any([p.label for p in a] != [p.label for p in b] for a, b in pairs):
+            return False
+        return all(map(_alike, self.values(), values))
+
+    def values(self) -> list[Any]:
+        """All that is watched, as it is now."""
+        return [place.value for place in self.watched]
+
+    def changed(self, values: list[Any], alike: bool = False) -> Place | None:
+        """Where something is not what it was, or None.
+
+        Arguments:
+            values: What was there.
+            alike: Whether another thing of the same kind is no change.
+        """
+        for place, before in zip(self.watched, values, strict=True):
+            now = place.holder.get(place.key)
+            if now is before:  # most are, and this is asked at each step
+                continue
+            same_number = isinstance(now, SIMPLE) and _alike(now, before)
+            if not (same_number or (alike and _alike(now, before))):
+                return place
+        return None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Puts everything back at the end of the block: it may hold what was recorded."""
+        saved = [dict(holder) for holder in self._holders]
+        try:
+            yield
+        finally:
+            for holder, values in zip(self._holders, saved, strict=True):
+                for key in [key for key in reversed(list(holder)) if key not in values]:
+                    del holder[key]
+                holder.update(values)
+
+    def _visit(self, thing: Any, label: str) -> None:
+        if id(thing) in self._met or len(self.watched) > _MOST:
+            return
+        self._met[id(thing)] = thing  # kept alive: its identity is watched
+        if isinstance(thing, nn.Module):
+            self._module(thing, label)
+        elif isinstance(thing, FunctionType):
+            self._function(thing)
+        elif isinstance(thing, MethodType):
+            self._waiting += (
+                (thing.__func__, label),
+                (thing.__self__, type(thing.__self__).__name__),
+            )
+        elif isinstance(thing, staticmethod | classmethod):
+            self._waiting.append((thing.__func__, label))
+        elif isinstance(thing, property):
+            self._waiting.append((thing.fget, label))
+        elif isinstance(thing, list | tuple | dict | set | frozenset):
+            self._container(thing, label)
+        elif _is_open(thing):
+            self._object(thing, label)
+
+    def _module(self, module: nn.Module, label: str) -> None:
+        self.modules.append(module)
+        for holder in (module._parameters, module._buffers, module._modules):
+            self._keep(holder, label + ".{}")
+        own = [name for name in vars(module) if name == "training" or name not in _MODULE]
+        self._keep(vars(module), label + ".{}", own)
+        self._size(vars(module), label)
+        self._class(type(module))
+
+    def _object(self, thing: Any, label: str) -> None:
+        self._keep(vars(thing), label + ".{}")
+        self._size(vars(thing), label)
+        if isinstance(thing, partial):
+            things = (thing.func, *thing.args, *thing.keywords.values())
+            self._waiting += ((each, label) for each in things)
+        self._class(type(thing))
+
+    def _class(self, cls: type) -> None:
+        """The functions and attributes of a class and its bases that are the user's own."""
+        for each in cls.__mro__:
+            if not _is_library(each) and id(each) not in self._met:
+                self._met[id(each)] = each
+                names = [name for name in vars(each) if not name.startswith("__")]
+                names += [name for name in ("__call__",) if name in vars(each)]
+                self._keep(vars(each), each.__name__ + ".{}", names, restore=False)
+
+    def _container(self, thing: Any, label: str) -> None:
+        self._size(thing, label)
+        if len(thing) > _LONGEST or isinstance(thing, set | frozenset):
+            return
+        if isinstance(thing, tuple):
+            self._keep(dict(enumerate(thing)), label + "[{}]", restore=False)
+        else:
+            self._keep(_List(thing) if isinstance(thing, list) else thing, label + "[{}]")
+
+    def _size(self, container: Any, label: str) -> None:
+        self.watched.append(Place(_Size(container), "size", f"the size of {label}"))
+
+    def _function(self, function: FunctionType) -> None:
+        names, label = function.__code__.co_freevars, function.__name__
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+            self._keep(_Cell(name, cell), label + ":{}", [name])
+        if not _is_library(function):
+            home = function.__globals__
+            named = [name for name in self._names(function.__code__) if name in home]
+            self._keep(home, label + ":{}", named, restore=False)
+        if function.__defaults__ or function.__kwdefaults__:
+            self._waiting.append((function.__defaults__, f"default of {label}"))
+            self._waiting.append((function.__kwdefaults__, f"default of {label}"))
+
+    def _names(self, code: Any) -> list[str]:
+        """The globals that a function's code may name, and those of the functions inside it."""
+        inner = [const for const in code.co_consts if isinstance(const, type(code))]
+        known = [each for each in inner if id(each) not in self._met]
+        return [*code.co_names, *(name for each in known for name in self._names(each))]
+
+    def _keep(
+        self,
+        holder: Mapping[Any, Any],
+        label: str,
+        names: Iterable[Any] | None = None,
+        restore: bool = True,
+    ) -> None:
+        """Takes up what a mapping holds.
+
+        Arguments:
+            holder: The mapping.
+            label: What to call each in a message, with braces for its key.
+            names: Those of its keys that count; None for all.
+            restore: Whether a recording may leave things in it that it made.
+        """
+        if restore and isinstance(holder, MutableMapping):
+            self._holders.append(holder)
+        for name in list(holder if names is None else names):
+            value, called = holder.get(name), label.format(name)
+            if isinstance(value, Tensor) and isinstance(holder, MutableMapping):
+                self.places.append(Place(holder, name, called))
+                continue
+            self.watched.append(Place(holder, name, called))
+            if not isinstance(value, (*SIMPLE, ModuleType)):
+                self._waiting.append((value, called))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two things are equal numbers, or such as the walk looks into and of one kind."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (*SIMPLE, set, frozenset)):
+        return bool(a == b)
+    if isinstance(a, FunctionType):
+        return a.__code__ is b.__code__
+    if isinstance(a, MethodType):
+        return _alike(a.__func__, b.__func__)
+    return isinstance(a, nn.Module | list | tuple | dict) or _is_open(a)
+
+
+def _is_open(thing: Any) -> bool:
+    """Whether the attributes of an object are looked into."""
+    if isinstance(thing, type) or not hasattr(thing, "__dict__"):
+        return False
+    return isinstance(thing, _OPEN) or not _is_library(type(thing))
+
+
+def _is_library(thing: type | FunctionType) -> bool:
+    return (thing.__module__ or "").partition(".")[0] in _LIBRARIES
+
+
+@contextmanager
+def swapped(places: list[Place], give: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Puts other tensors in places, and the old ones back at the end of the block."""
+    saved = [place.value for place in places]
+    try:
+        for place, old in zip(places, saved, strict=True):
+            _put(place, give(old))
+        yield
+    finally:
+        for place, old in zip(places, saved, strict=True):
+            _put(place, old)
+
+
+def _put(place: Place, value: Any) -> None:
+    if isinstance(place.holder, MutableMapping):
+        place.holder[place.key] = value

@@ -1,0 +1,325 @@
+"""Which recording serves a call: one for each signature, made on its second call."""
+
+import logging
+import time
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from operator import is_
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..errors import NonDiffWarning
+from ._backends import Backend, Run, runner
+from ._outside import NoteOutside
+from ._places import SIMPLE, STORE, Surroundings
+from ._recording import CannotRecordError, Met, Recording, record
+
+_log = logging.getLogger(__name__)
+_LIBRARIES = ("site-packages", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
+
+ATTEMPTS = 2
+"""How often it is tried to record a signature: some steps settle on their second run."""
+
+MOST_VALUES = 8
+"""How many recordings are kept for arguments of the same shapes."""
+
+MOST_SHAPES = 64
+"""How many combinations of shapes are recorded."""
+
+
+class Outcome(NamedTuple):
+    """A loss, and the parameters that were met, with their gradients."""
+
+    loss: Tensor
+    parameters: list[Tensor]
+
+
+class Call(NamedTuple):
+    """What is known of the arguments of a call.
+
+    Arguments:
+        shapes: Their structure, with the shapes of tensors and the types of all else.
+        values: What is no tensor.
+        leaves: The tensors.
+        unknown: The type of an argument that may hold anything, or None.
+    """
+
+    shapes: Any
+    values: tuple[Any, ...]
+    leaves: list[Tensor]
+    unknown: str | None
+
+
+def call_of(arguments: Any) -> Call:
+    """Looks at the arguments of a call."""
+    values: list[Any] = [torch.get_default_dtype(), torch.is_autocast_enabled()]
+    leaves: list[Tensor] = []
+    unknown: list[str] = []
+
+    def look(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            leaves.append(x)
+            return x.shape, x.dtype, x.device, x.requires_grad
+        if type(x) in (dict, OrderedDict):
+            return type(x), *((name, look(value)) for name, value in x.items())
+        if type(x) in (tuple, list) or (isinstance(x, tuple) and hasattr(x, "_fields")):
+            return type(x), *map(look, x)
+        if isinstance(x, (*SIMPLE, nn.Module, FunctionType, MethodType)):
+            values.append(x)
+        else:
+            unknown.append(type(x).__name__)
+        return type(x)
+
+    shapes = look(arguments)
+    return Call(shapes, tuple(values), leaves, unknown[0] if unknown else None)
+
+
+@dataclass
+class Variant:
+    """One signature: how its first call went, and the recording of the others.
+
+    Arguments:
+        values: What is no tensor among the arguments.
+        around: What the program can reach.
+        met: The parameters that its first call met.
+        watched: What lay around it that is no tensor.
+        last: The tensors that were in its places when they were last looked at.
+        attempts: How often it was tried to record it.
+        recording: The recording.
+        run: What runs the recording.
+    """
+
+    values: tuple[Any, ...]
+    around: Surroundings
+    met: Met
+    watched: list[Any] = field(default_factory=list)
+    last: list[Any] = field(default_factory=list)
+    attempts: int = 0
+    recording: Recording | None = None
+    run: Run | None = None
+
+    def __post_init__(self) -> None:
+        self.watched = self.around.values()
+        self.last = [place.value for place in self.around.places]
+
+    def changed(self, call: Call) -> str | None:
+        """What differs between the variant and a call with arguments of its shapes, in words."""
+        if call.values != self.values:
+            pairs = zip(self.values, call.values, strict=True)
+            return f"an argument, now {next(new for old, new in pairs if old != new)!r},"
+        place = self.around.changed(self.watched)
+        if place is not None and (isinstance(place.value, SIMPLE) or not self._follow()):
+            return place.label
+        now = [place.value for place in self.around.places]
+        if all(map(is_, now, self.last)):
+            return None
+        if not all(isinstance(tensor, Tensor) for tensor in now):
+            return "a tensor that is there no more"
+        if _kinds(now) != _kinds(self.last):
+            return "a tensor's shape or kind"
+        self.last = now
+        return None
+
+    def _follow(self) -> bool:
+        """Turns to what has taken the place of things, if it is like them."""
+        now = self.around.again()
+        if not now.is_like(self.around, self.watched):
+            return False
+        self.around, self.watched = now, now.values()
+        return True
+
+
+def _kinds(tensors: list[Any]) -> list[Any]:
+    """What a recording takes for granted of tensors: their kinds, and which are the same."""
+    first: dict[int, int] = {}
+    return [
+        (t.shape, t.dtype, t.device, t.requires_grad, first.setdefault(id(t), i))
+        for i, t in enumerate(tensors)
+    ]
+
+
+class Routine:
+    """Something that is done over and over, recorded for each signature.
+
+    Arguments:
+        name: What to call it in a message.
+        do: Takes positional and keyword arguments; returns a loss, as a number or a tensor, and
+            may add gradients to parameters.
+        programs: What it runs, to find what they can reach.
+        backend: How recordings are run; ``"eager"`` makes none.
+    """
+
+    def __init__(
+        self, name: str, do: Callable[..., Any], programs: list[Any], backend: Backend
+    ) -> None:
+        self.name = name
+        self.do = do
+        self.programs = programs
+        self.backend = backend
+        self.num_recordings = 0
+        self._variants: dict[Any, list[Variant]] = {}
+        self._warned: set[str] = set()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Does it, by a recording if there is one."""
+        call = call_of((args, kwargs))
+        if self.backend == "eager" or self._refused(call):
+            return self._eager(args, kwargs)[0]
+        variants = self._variants.setdefault(call.shapes, [])
+        changed = None
+        for variant in variants:
+            changed = variant.changed(call)
+            if changed is None:
+                if variant.recording is None and variant.attempts < ATTEMPTS:
+                    self._record(variant, (args, kwargs), call)
+                if variant.recording is None:
+                    return self._eager(args, kwargs)[0]
+                return _replay(variant, call)
+        if self._too_many(variants, changed):
+            return self._eager(args, kwargs)[0]
+        outcome, met, around = self._eager(args, kwargs)
+        variants.insert(0, Variant(call.values, around(), met))
+        return outcome
+
+    def _eager(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Outcome, Met, Callable[[], Surroundings]]:
+        """Does it as it is; also says what it met, and what lies around it."""
+        modules: dict[nn.Module, None] = {}
+        handle = register_module_forward_pre_hook(lambda module, _: modules.setdefault(module))
+        earlier = {tensor: tensor.grad for tensor in STORE.values()}
+        for tensor in earlier:
+            tensor.grad = None  # so that it shows which get one
+        try:
+            with NoteOutside() as outside, poutine.trace(param_only=True) as capture:
+                loss = self.do(*args, **kwargs)
+            sites = capture.trace.nodes.items()
+            values = {name: cast(Any, site["value"]) for name, site in sites}
+            met = {name: value.unconstrained() for name, value in values.items()}
+            trained = [name for name, parameter in met.items() if parameter.grad is not None]
+        finally:
+            handle.remove()
+            for tensor, gradient in earlier.items():
+                _add_gradient(tensor, gradient)
+        loss = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
+        return (
+            Outcome(loss, list(met.values())),
+            Met(list(met), trained, outside.dtypes),
+            lambda: Surroundings(self.programs, modules, outside.functions),
+        )
+
+    def _refused(self, call: Call) -> bool:
+        if call.unknown is not None:
+            self._warn(
+                f"an argument is a {call.unknown}, which may change unseen: {self.name} is not "
+                "recorded. Give tensors, numbers, and lists, tuples and dictionaries of them."
+            )
+        elif any(tensor.requires_grad for tensor in call.leaves):
+            self._warn(
+                "an argument requires a gradient, which a recording would not give it: "
+                f"{self.name} is not recorded. Detach it, or compute it in the program."
+            )
+        elif am_i_wrapped():
+            self._warn(
+                f"there are handlers around {self.name}, which a recording would not ask: it is "
+                "not recorded. Put them around model and guide."
+            )
+        else:
+            return False
+        return True
+
+    def _too_many(self, variants: list[Variant], changed: str | None) -> bool:
+        if len(variants) >= MOST_VALUES:
+            self._warn(
+                f"{changed} has had more than {MOST_VALUES} values, and each needs a recording: "
+                "steps with new ones run eager. Make a tensor of it."
+            )
+        elif len(self._variants) > MOST_SHAPES:
+            self._warn(
+                f"the arguments have had more than {MOST_SHAPES} combinations of shapes: new ones "
+                "run eager. Give batches of few sizes."
+            )
+        else:
+            return False
+        return True
+
+    def _record(self, variant: Variant, arguments: Any, call: Call) -> None:
+        start = time.perf_counter()
+        variant.attempts += 1
+        try:
+            if missing := [name for name in variant.met.names if name not in STORE]:
+                raise CannotRecordError(f"parameters {missing} are not in the param store")
+            recording = record(
+                lambda given: self.do(*given[0], **given[1]),
+                arguments,
+                call.leaves,
+                variant.around,
+                variant.met,
+            )
+        except Exception as error:
+            if isinstance(error, CannotRecordError):
+                variant.attempts = ATTEMPTS
+            if variant.attempts == ATTEMPTS:
+                self._warn(f"{self.name} is not recorded, and runs eager: {_reason(error)}.")
+            return
+        self.num_recordings += 1
+        size = recording.num_operations
+        seconds = time.perf_counter() - start
+        _log.info("%s: recorded %d operations in %.1f s", self.name, size, seconds)
+        example = recording.inputs(variant.around.places, call.leaves)
+        try:
+            variant.run = runner(recording.graph, example, self.backend, size)
+        except Exception as error:
+            self._warn(f"inductor cannot compile {self.name}, so it is replayed: {_reason(error)}.")
+            variant.run = runner(recording.graph, example, "replay", size)
+        variant.recording = recording
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, NonDiffWarning, stacklevel=2)
+
+
+def _replay(variant: Variant, call: Call) -> Outcome:
+    recording, run = variant.recording, variant.run
+    if recording is None or run is None:
+        raise TypeError("a variant is recorded before it is replayed")
+    loss, *rest = run(recording.inputs(variant.around.places, call.leaves))
+    count = len(recording.trained)
+    for name, gradient in zip(recording.trained, rest[:count], strict=True):
+        _add_gradient(STORE[name], gradient)
+    for i, tensor in zip(recording.assigned, rest[count:], strict=True):
+        place = variant.around.places[i]
+        cast(MutableMapping[Any, Any], place.holder)[place.key] = tensor
+    return Outcome(loss, [STORE[name] for name in variant.met.names])
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        before = parameter.grad
+        parameter.grad = gradient if before is None else before + gradient
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, and the innermost line that is no library's."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    text = str(error).strip().split("\n")[0]
+    if "DataDependent" in type(innermost).__name__ or "data-dependent" in str(innermost):
+        text = "it reads the value of a tensor"
+    frames = traceback.extract_tb(innermost.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in _LIBRARIES)]
+    if not own:
+        return text
+    return f"{text}, at line {own[-1].lineno} of {own[-1].name}(): {own[-1].line}"
