@@ -6,6 +6,7 @@ from typing import Any, Self, cast
 import torch
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
+from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ class TraceEstimator_ELBO(ELBO):
         """An estimate of the loss as a number, from ``num_particles`` base worlds."""
         with torch.no_grad():
             chunks = self._run(self._pair(model, guide, args, kwargs), estimating=False)
-            return float(evaluate(chunks).mean())
+            return cast(float, torch_item(evaluate(chunks).mean()))
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

@@ -1,0 +1,217 @@
+"""Records a step as one graph of operations on the tensors that it finds."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from ..errors import NonDiffError
+from ._places import STORE, Place, Surroundings, swapped
+
+_FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+
+
+class CannotRecordError(NonDiffError):
+    """A step that is no fixed list of operations on tensors."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step.
+
+    Arguments:
+        graph: The operations, as a function of the tensors in places, of some of the arguments'
+            tensors, and of others that were found, in this order.
+        places: The places whose tensors go in.
+        leaves: Which of the arguments' tensors go in.
+        others: Tensors that have no place.
+        trained: The names of the parameters whose gradients come out behind the loss.
+        assigned: The places whose new tensors come out last.
+    """
+
+    graph: fx.GraphModule
+    places: list[Place]
+    leaves: list[int]
+    others: list[Tensor]
+    trained: list[str]
+    assigned: list[Place]
+
+    @property
+    def num_operations(self) -> int:
+        """How many operations were recorded."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a step did when it ran, which the recorded one is to do as well.
+
+    Arguments:
+        met: The parameters that it met, by name.
+        trained: Those of them that got a gradient.
+    """
+
+    met: list[str]
+    trained: list[str]
+
+
+def record(
+    step: Callable[[Any], Tensor],
+    arguments: Any,
+    leaves: Sequence[Tensor],
+    around: Surroundings,
+    wanted: Wanted,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> Recording:
+    """Records a step, changing nothing: parameters, buffers, generators and attributes are kept.
+
+    Arguments:
+        step: Takes the arguments, adds gradients to parameters, and returns the loss.
+        arguments: Any tree of them.
+        leaves: The tensors among them, in order.
+        around: Where else tensors can be.
+        wanted: What the step did when it ran.
+        within: A context to record in.
+
+    Raises:
+        CannotRecordError: If what was recorded would not do what the step does.
+        Exception: Whatever stops the step when it finds no values in its tensors.
+    """
+    tensors = {id(place.holder[place.key]): place.holder[place.key] for place in around.places}
+    inputs = [*tensors.values(), *leaves]
+    assigned: list[Place] = []
+    trained: list[str] = []
+
+    def run(given: list[Tensor]) -> list[Tensor]:
+        for old, new in zip(inputs, given, strict=True):
+            new.requires_grad_(old.requires_grad)
+        fakes = dict(zip(tensors, given, strict=False))
+        rest = iter(given[len(tensors) :])
+        args = tree_map_only(Tensor, lambda _: next(rest), arguments)
+        with ExitStack() as stack:
+            stack.enter_context(around.restored())
+            stack.enter_context(swapped(around.places, lambda old: fakes[id(old)]))
+            _refresh_recurrent(around.modules)
+            before = [place.holder[place.key] for place in around.places]
+            for context in (_NoExternal(), within(), poutine.trace(param_only=True)):
+                capture = stack.enter_context(context)
+            outputs = [_loss(step(args)), *_gradients(set(capture.trace.nodes), wanted, trained)]
+            for place, old in zip(around.places, before, strict=True):
+                new = place.holder.get(place.key)
+                if new is not old and isinstance(new, Tensor):
+                    assigned.append(place)
+                    outputs.append(new.detach())
+        return outputs
+
+    example = [tensor.detach() for tensor in inputs]
+    with _unchanged_generators(), pyro.validation_enabled(False), torch.enable_grad():
+        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(example)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    others = _lift(graph, inputs, trained)
+    used = _drop_unused(graph, len(inputs) + len(others))
+    first = {id(place.holder[place.key]): place for place in reversed(around.places)}
+    count = len(tensors)
+    return Recording(
+        graph,
+        [first[id(inputs[i])] for i in used if i < count],
+        [i - count for i in used if count <= i < len(inputs)],
+        [others[i - len(inputs)] for i in used if i >= len(inputs)],
+        trained,
+        assigned,
+    )
+
+
+def _loss(found: Any) -> Tensor:
+    if not isinstance(found, Tensor):
+        raise CannotRecordError(f"the objective returned {type(found).__name__}, and no tensor")
+    return found.detach()
+
+
+def _gradients(met: set[str], wanted: Wanted, trained: list[str]) -> list[Tensor]:
+    if met != set(wanted.met):
+        raise CannotRecordError(f"the step met parameters {sorted(met)}, not {sorted(wanted.met)}")
+    gradients = {name: STORE[name].grad for name in wanted.met}
+    trained += [name for name, gradient in gradients.items() if gradient is not None]
+    if lost := sorted(set(wanted.trained) - set(trained)):
+        raise CannotRecordError(
+            f"parameters {lost} get no gradient when the step is recorded: they are used by other "
+            "ways than their places in modules or the param store"
+        )
+    return [gradients[name] for name in trained]
+
+
+def _refresh_recurrent(modules: Sequence[nn.Module]) -> None:
+    """Recurrent networks keep their parameters in a second list."""
+    for module in modules:
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+class _NoExternal(Messenger):
+    """Refuses what a graph cannot hold."""
+
+    def _pyro_external(self, msg: Any) -> None:
+        raise CannotRecordError(f"op '{msg['name']}' calls what lies outside the program")
+
+
+@contextmanager
+def _unchanged_generators() -> Iterator[None]:
+    """Refuses draws of other generators than torch's, which a graph would repeat."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    yield
+    now = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    same = all(np.array_equal(a, b) for a, b in zip(states[1], now[1], strict=True))
+    if states[0] != now[0] or not same:
+        raise CannotRecordError("the step draws from Python's or NumPy's generator")
+
+
+def _lift(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], trained: Sequence[str]
+) -> list[Tensor]:
+    """Makes inputs of tensors that were met elsewhere, so that their changes are seen."""
+    nodes = graph.graph
+    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
+    known = {id(old): node for old, node in zip(inputs, placeholders, strict=True)}
+    names = {id(STORE[name]): name for name in trained}
+    others: list[Tensor] = []
+    for node in [node for node in nodes.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, str(node.target))
+        if not isinstance(tensor, Tensor) or all(user.target in _FRESH for user in node.users):
+            continue  # it was made in the run
+        if id(tensor) in names:
+            raise CannotRecordError(
+                f"parameter '{names[id(tensor)]}' is reached by a way that was not found: no "
+                "gradient would come back"
+            )
+        if id(tensor) not in known:
+            with nodes.inserting_after(placeholders[-1]):
+                placeholders.append(nodes.placeholder(f"other_{len(others)}"))
+            placeholders[-1].meta = dict(node.meta)
+            known[id(tensor)] = placeholders[-1]
+            others.append(tensor)
+        node.replace_all_uses_with(known[id(tensor)])
+        nodes.erase_node(node)
+    return others
+
+
+def _drop_unused(graph: fx.GraphModule, count: int) -> list[int]:
+    """Takes away the inputs that no operation uses; returns the places of the rest."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    used = [i for i in range(count) if placeholders[i].users]
+    for node in placeholders:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return used
