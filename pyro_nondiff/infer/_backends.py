@@ -3,16 +3,23 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
 
+from ._pieces import CannotCutError, in_pieces
+from ._simplify import operations, simplify
+
 Backend = Literal["inductor", "replay", "eager"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
-LARGEST = 1500
-"""How many operations inductor is given: its time grows faster than their number."""
+WHOLE = 2000
+"""How many operations inductor is given at once: its time grows faster than their number.
+
+Longer steps are compiled in pieces. 2000 are a chain of 50 sites.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -21,40 +28,60 @@ def runner(graph: fx.GraphModule, example: Sequence[Tensor], backend: Backend, s
     """A function that runs a recorded graph without autograd.
 
     Arguments:
-        graph: The graph, of tensors in their order.
+        graph: The graph, of tensors in their order. It is simplified if it is compiled.
         example: Tensors as it will get.
         backend: ``"inductor"``, or ``"replay"`` for the operations one by one.
         size: How many operations the graph has.
     """
-    if backend == "inductor" and size > LARGEST:
-        _log.info(
-            "the step has %d operations, more than the %d that are compiled: it is replayed",
-            size,
-            LARGEST,
-        )
-        backend = "replay"
     call = _compiled(graph, example, size) if backend == "inductor" else graph.forward
+    strides = [tensor.stride() for tensor in example]
 
     def run(tensors: list[Tensor]) -> Sequence[Tensor]:
+        same = [tensor.stride() for tensor in tensors] == strides  # compiled code does not look
         with torch.no_grad():
-            found: Sequence[Tensor] = call(*tensors)
+            found: Sequence[Tensor] = call(*tensors) if same else graph.forward(*tensors)
         return found
 
     return run
 
 
 def _compiled(graph: fx.GraphModule, example: Sequence[Tensor], size: int) -> Callable[..., Any]:
-    options: dict[str, Any] = {"fallback_random": True}  # the draws that eager mode has
+    options: dict[str, Any] = {
+        "fallback_random": True,  # the draws that eager mode has
+        "size_asserts": False,  # 0.4 us for each tensor that goes in; strides are compared above
+    }
     if any(tensor.is_cuda for tensor in example):
         options["triton.cudagraphs"] = True
-    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    output.args = (tuple(output.args[0]),)
-    graph.recompile()
-    _log.info("inductor compiles a step of %d operations", size)
+    compile_one = partial(_inductor, options)
     start = time.perf_counter()
-    with torch.no_grad():
-        call: Callable[..., Any] = torch._inductor.compile(
-            graph, [tensor.detach() for tensor in example], options=options
-        )
+    simplify(graph)
+    left = len(operations(graph))
+    _log.info("inductor compiles %d of %d operations", left, size)
+    call = None
+    if left > WHOLE:
+        try:
+            joined, count = in_pieces(graph, compile_one)
+        except CannotCutError as error:
+            _log.info("the step is compiled whole: %s", error)
+        else:
+            _log.info("in %d different pieces", count)
+            call = joined.forward
+    if call is None:
+        call = compile_one(_copy(graph), [tensor.detach() for tensor in example])
     _log.info("compiled in %.1f s", time.perf_counter() - start)
+    return call
+
+
+def _copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that inductor may change; it wants a tuple to be returned."""
+    copy = fx.Graph()
+    copy.output(tuple(cast(Any, copy.graph_copy(graph.graph, {}))))
+    return fx.GraphModule(graph, copy)
+
+
+def _inductor(
+    options: dict[str, Any], graph: fx.GraphModule, example: Sequence[Tensor]
+) -> Callable[..., Any]:
+    with torch.no_grad():
+        call: Callable[..., Any] = torch._inductor.compile(graph, list(example), options=options)
     return call
