@@ -18,7 +18,7 @@ Run = Callable[[list[Tensor]], Sequence[Tensor]]
 WHOLE = 2500
 """How many operations inductor is given at once; longer steps are compiled in pieces.
 
-A chain of 50 sites, 2000 to 2200 operations, takes inductor 1.4 times as long whole as in pieces,
+A chain of 50 sites, 2000 to 2200 operations, takes inductor 1.3 times as long whole as in pieces,
 and each of its steps 0.43 times as long. Whole, the time grows with the chain.
 """
 

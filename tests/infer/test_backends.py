@@ -117,7 +117,7 @@ def test_number_of_different_pieces_does_not_grow(
     monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     counts, pieces = [], []
-    for length in (50, 100):
+    for length in (80, 160):
         graph, _ = recorded(monkeypatch, estimator, length)
         simplify(graph)
         counts.append(in_pieces(graph, plain)[1])
