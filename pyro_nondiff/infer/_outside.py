@@ -24,6 +24,9 @@ from ..ops._outside import call_outside
 _calls: WeakValueDictionary[int, "OutsideCall"] = WeakValueDictionary()
 _numbers = count()
 
+NAMESPACE = "pyro_nondiff"
+"""Of the operator."""
+
 TENSOR = object()
 """Stands for a tensor among the arguments of a call."""
 
@@ -146,9 +149,10 @@ def _holds_fake(fn: Any) -> bool:
 @cache
 def operator() -> Any:
     """The operator, which is made when the first such step is recorded."""
-    torch.library.define("pyro_nondiff::outside", "(Tensor[] rows, int call) -> Tensor")
+    name = f"{NAMESPACE}::outside"
+    torch.library.define(name, "(Tensor[] rows, int call) -> Tensor")
 
-    @torch.library.impl("pyro_nondiff::outside", "default")
+    @torch.library.impl(name, "default")
     def outside(rows: list[Tensor], call: int) -> Tensor:
         known = _calls[call]
         return known(rows)
@@ -157,8 +161,8 @@ def operator() -> Any:
         known = _calls[call]
         return rows[0].new_empty((known.size, *known.shape), dtype=known.dtype)
 
-    torch.library.register_fake("pyro_nondiff::outside", answer)
+    torch.library.register_fake(name, answer)
 
-    found = torch.ops.pyro_nondiff.outside.default
+    found = getattr(torch.ops, NAMESPACE).outside.default
     has_side_effect(found)
     return found

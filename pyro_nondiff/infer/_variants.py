@@ -300,8 +300,13 @@ def _replay(variant: Variant, call: Call) -> Outcome:
         _add_gradient(STORE[name], gradient)
     for i, tensor in zip(recording.assigned, rest[count:], strict=True):
         place = variant.around.places[i]
-        cast(MutableMapping[Any, Any], place.holder)[place.key] = tensor
-    return Outcome(loss, [STORE[name] for name in variant.met.names])
+        cast(MutableMapping[Any, Any], place.holder)[place.key] = _to_keep(tensor)
+    return Outcome(_to_keep(loss), [STORE[name] for name in variant.met.names])
+
+
+def _to_keep(result: Tensor) -> Tensor:
+    """A result that stays: a CUDA graph writes to the same memory at each step."""
+    return result.clone() if result.is_cuda else result
 
 
 def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
