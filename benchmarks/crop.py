@@ -114,6 +114,26 @@ def steps(args: argparse.Namespace) -> dict[str, Step]:
     return found
 
 
+def check(args: argparse.Namespace) -> None:
+    """The bilinear candidates give the same crop, and the same gradients."""
+    image = torch.rand(args.batch, args.channels, IMAGE, IMAGE, device=args.device)
+    place = [0.5 * torch.rand(args.batch, 2), 0.2 + 0.3 * torch.rand(args.batch, 2)]
+    box = torch.cat(place, -1).to(args.device).requires_grad_()
+    image.requires_grad_()
+    upstream = torch.rand(args.batch, args.channels, SIZE, SIZE, device=args.device)
+
+    def found(candidate: Crop) -> list[Tensor]:
+        value = candidate(image, box)
+        return [value, *torch.autograd.grad(value, [box, image], upstream)]
+
+    expected = found(by_torch)
+    for name in (OURS, COMPOSED, MATRICES):  # kornia counts pixels in another way
+        candidate = crops()[name]
+        for a, b in zip(found(candidate), expected, strict=True):
+            # float32 on 100 pixels: a position is rounded by 1e-5 of a pixel
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+
+
 def targets(times: Times) -> Iterator[str]:
     """What was asked for, and what was found."""
     yield "| target | found | at most | met |"
@@ -134,8 +154,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--to-image", action="store_true", help="with the gradient to the images")
+    parser.add_argument("--smoke", action="store_true", help="small, and check the results")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.smoke:
+        args.rounds, args.seconds, args.batch = 1, 0.001, 2
+        check(args)
     print(f"torch {torch.__version__}, {args.device}, one thread, batch {args.batch},")
     print(f"{args.rounds} rounds; median (least to greatest).\n")
     with quiet_machine():

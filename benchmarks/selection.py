@@ -50,14 +50,36 @@ def steps(device: str) -> dict[str, Step]:
     }
 
 
+def check(device: str) -> None:
+    """A soft choice that is sharp is the hard one, in which one network alone runs."""
+    calls: list[int] = []
+    scores = torch.tensor([0.0, 2.0, 1.0], device=device)
+    vectors = torch.randn(3, 4, device=device)
+
+    def item(i: int) -> Tensor:
+        calls.append(i)
+        return vectors[i]
+
+    hard = select("network", scores, [lambda i=i: item(i) for i in range(3)])
+    if calls != [1]:
+        raise RuntimeError(f"networks {calls} ran, and 1 was chosen")
+    with soften(temperature=0.01):
+        soft = select("vector", scores, vectors, event_dim=1)
+    torch.testing.assert_close(soft, hard)
+
+
 def main() -> None:
     """Measure, and print tables in Markdown."""
     parser = argparse.ArgumentParser(description="Time hard selection against the soft sum.")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser.add_argument("--smoke", action="store_true", help="short, and check the results")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.smoke:
+        args.rounds, args.seconds = 1, 0.001
+        check(args.device)
     print(f"torch {torch.__version__}, {args.device}, one thread, batch {BATCH},")
     print(f"{args.rounds} rounds; median (least to greatest).\n")
     with quiet_machine(), torch.no_grad():

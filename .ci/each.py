@@ -1,4 +1,8 @@
-"""Run every tutorial, each in a process of its own, and say how long it took."""
+"""Run scripts, each in a process of its own, and say how long each took.
+
+python .ci/each.py "tutorials/[0-9]*.py"
+python .ci/each.py "benchmarks/[a-z]*.py" --smoke
+"""
 
 import subprocess
 import sys
@@ -6,19 +10,21 @@ import time
 from pathlib import Path
 
 LIMIT = 300.0
-"""The most seconds that a tutorial may take."""
+"""The most seconds that a script may take."""
 
 
 def main() -> None:
-    """Exit with an error if there is no tutorial, or if one fails or takes too long."""
-    scripts = sorted(Path("tutorials").glob("[0-9][0-9]_*.py"))
+    """Exit with an error if there is no script, or if one fails or takes too long."""
+    pattern, *options = sys.argv[1:]
+    scripts = sorted(Path().glob(pattern))
     if not scripts:
-        sys.exit("there are no tutorials")
+        sys.exit(f"there is no {pattern}")
     failed = []
     for script in scripts:
         start = time.monotonic()
+        command = [sys.executable, str(script), *options]
         try:
-            code = subprocess.run([sys.executable, script], timeout=LIMIT, check=False).returncode
+            code = subprocess.run(command, timeout=LIMIT, check=False).returncode
             outcome = "passed" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             outcome = f"took longer than {LIMIT:.0f} s"
