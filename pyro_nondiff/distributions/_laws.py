@@ -83,13 +83,16 @@ def _(law: OneHotCategorical, value: Tensor) -> Tensor:
     return extended_score(law, value)
 
 
-def _is_plain_bernoulli(law: Law) -> bool:
-    return isinstance(law, Bernoulli) and type(law).log_prob is Bernoulli.log_prob
+def _is_difference(law: Law) -> bool:
+    """Whether a law's score is a difference of two parts, both precise enough to be subtracted."""
+    if not isinstance(law, Bernoulli) or type(law).log_prob is not Bernoulli.log_prob:
+        return False
+    return torch.finfo(law._param.dtype).bits >= 32
 
 
 @_core_score.register(Bernoulli)
 def _(law: Bernoulli, value: Tensor) -> Tensor:
-    if not _is_plain_bernoulli(law):
+    if not _is_difference(law):
         return cast(Tensor, law.log_prob(value))
     return _bernoulli_score(law, value, 0)
 
@@ -138,7 +141,7 @@ def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tenso
     """
     if isinstance(law, Independent):
         count = law.reinterpreted_batch_ndims
-        if _is_plain_bernoulli(law.base_dist):
+        if _is_difference(law.base_dist):
             score = _bernoulli_score(law.base_dist, value, count, soft)
             return score, score
         both = log_prob(law.base_dist, value, soft)
