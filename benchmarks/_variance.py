@@ -39,6 +39,7 @@ def encoder_variances(
         graph: What to call Pyro's TraceGraph_ELBO with that average.
         args: ``device``, ``train`` and ``draws``.
     """
+    pyro.clear_param_store()  # Pyro's average has the shape of its batch
     images, _ = vae_batch(10000, args.device)
     trained = _checkpoint(sizes, images, args)
     batch = images[:BATCH]

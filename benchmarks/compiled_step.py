@@ -109,6 +109,7 @@ def pyro_step(name: str, sizes: tuple[int, ...], x: Tensor) -> Step:
 
 def run_setting(model: str, size: int, args: argparse.Namespace) -> Setting:
     """Builds and measures all candidates."""
+    pyro.clear_param_store()  # Pyro's average has the shape of its batch
     x, source = vae_batch(size, args.device)
     sizes, device = SIZES[model], args.device
     steps: dict[str, Step] = {}
