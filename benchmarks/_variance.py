@@ -14,7 +14,6 @@ from pyro_nondiff.estimators import RLOO, AbstractEstimator
 from pyro_nondiff.infer import TraceEstimator_ELBO
 from pyro_nondiff.infer.compiled import CompiledSVI
 
-ADAPT = 400
 BATCH = 50
 AVERAGE = "__baseline_avg_downstream_cost_z"
 
@@ -37,7 +36,7 @@ def encoder_variances(
         makers: The library's estimators.
         pyro_average: What the site passes to Pyro for its decaying average.
         graph: What to call Pyro's TraceGraph_ELBO with that average.
-        args: ``device``, ``train`` and ``draws``.
+        args: ``device``, ``backend``, ``train``, ``adapt`` and ``draws``.
     """
     pyro.clear_param_store()  # Pyro's average has the shape of its batch
     images, _ = vae_batch(10000, args.device)
@@ -46,12 +45,12 @@ def encoder_variances(
     found = {}
     vae = VAE("variance of Pyro", pyro_average, args.device, sizes)
     vae.copy_weights(trained)
-    found[graph] = _variance(_pyro_draw(vae, images, batch), args.draws)
+    found[graph] = _variance(_pyro_draw(vae, images, batch, args.adapt), args.draws)
     for name, make in makers.items():
         vae = VAE(f"variance {name}", {}, args.device, sizes, site=f"z of variance {name}")
         vae.copy_weights(trained)
         elbo = TraceEstimator_ELBO(make())
-        _adapt(elbo, vae, images)
+        _adapt(elbo, vae, images, args.adapt)
         found[name] = _variance(_our_draw(elbo, vae, batch), args.draws)
     return found
 
@@ -63,7 +62,8 @@ def _some(images: Tensor) -> Tensor:
 def _checkpoint(sizes: tuple[int, ...], images: Tensor, args: argparse.Namespace) -> VAE:
     vae = VAE("checkpoint", {}, args.device, sizes, site="z of checkpoint")
     elbo = TraceEstimator_ELBO(RLOO(4))
-    svi = CompiledSVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+    optim = pyro.optim.Adam({"lr": 1e-3})
+    svi = CompiledSVI(vae.model, vae.guide, optim, elbo, backend=args.backend)
     for _ in range(args.train):
         svi.step(_some(images))
     return vae
@@ -74,13 +74,13 @@ def _clear(vae: VAE) -> None:
     vae.decoder.zero_grad()
 
 
-def _adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor) -> None:
+def _adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor, steps: int) -> None:
     optimiser: torch.optim.Optimizer | None = None
-    for step in range(ADAPT):
+    for step in range(steps):
         elbo.loss_and_grads(vae.model, vae.guide, _some(images))
         if learnt := list(elbo.states.parameters()):
             optimiser = optimiser or torch.optim.Adam(learnt, lr=1e-2)
-            optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / ADAPT)
+            optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
             optimiser.step()
             optimiser.zero_grad()
         _clear(vae)
@@ -97,9 +97,9 @@ def _our_draw(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Draw:
     return draw
 
 
-def _pyro_draw(vae: VAE, images: Tensor, batch: Tensor) -> Draw:
+def _pyro_draw(vae: VAE, images: Tensor, batch: Tensor, steps: int) -> Draw:
     elbo, store = TraceGraph_ELBO(), pyro.get_param_store()
-    for _ in range(ADAPT):
+    for _ in range(steps):
         elbo.loss_and_grads(vae.model, vae.guide, _some(images))
     average = store[AVERAGE].detach().clone()
 

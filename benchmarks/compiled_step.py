@@ -14,10 +14,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import torch
-from _hand_checks import check_references
+from _hand_checks import check_references, require
 from _hand_vae import TEMPERATURE, HandStep
 from _memory import peak_bytes
 from _peers import storchastic_step
@@ -41,12 +42,14 @@ from pyro_nondiff.estimators import (
     StraightThrough,
 )
 from pyro_nondiff.infer import TraceEstimator_ELBO
+from pyro_nondiff.infer._backends import Backend
 from pyro_nondiff.infer.compiled import CompiledSVI
 
 LEARNING_RATE = 1e-3
 DECAY = 0.9
 PYRO_AVERAGE = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": DECAY}}
 SIZES = {"linear": LINEAR, "nonlinear": NONLINEAR}
+TINY = (784, 8)
 
 MAKE: dict[str, Callable[[], AbstractEstimator]] = {
     "REINFORCE": lambda: REINFORCE(MovingAverage(DECAY)),
@@ -58,7 +61,10 @@ MAKE: dict[str, Callable[[], AbstractEstimator]] = {
 }
 GRAPH = "Pyro TraceGraph_ELBO + average"
 TRACE = "Pyro Trace_ELBO"
-OPTIONS = {"torch's draws": {"fallback_random": True}, "inductor's draws": {}}
+OPTIONS: dict[str, dict[str, Any] | None] = {
+    "torch's draws": {"fallback_random": True},
+    "inductor's draws": {},
+}
 
 
 @dataclass
@@ -86,11 +92,12 @@ class Setting:
         return ratios(self.times, name, to)
 
 
-def ours_step(name: str, sizes: tuple[int, ...], x: Tensor) -> Step:
+def ours_step(name: str, sizes: tuple[int, ...], x: Tensor, backend: Backend) -> Step:
     """A step of the library."""
     vae = VAE(f"ours {name}", {}, str(x.device), sizes, site=f"z of {name}")
     elbo = TraceEstimator_ELBO(MAKE[name]())
-    svi = CompiledSVI(vae.model, vae.guide, Adam({"lr": LEARNING_RATE}), elbo)
+    optim = Adam({"lr": LEARNING_RATE})
+    svi = CompiledSVI(vae.model, vae.guide, optim, elbo, backend=backend)
     return lambda: svi.step(x)
 
 
@@ -107,19 +114,20 @@ def pyro_step(name: str, sizes: tuple[int, ...], x: Tensor) -> Step:
     return step
 
 
-def run_setting(model: str, size: int, args: argparse.Namespace) -> Setting:
+def run_setting(model: str, sizes: tuple[int, ...], size: int, args: argparse.Namespace) -> Setting:
     """Builds and measures all candidates."""
     pyro.clear_param_store()  # Pyro's average has the shape of its batch
     x, source = vae_batch(size, args.device)
-    sizes, device = SIZES[model], args.device
+    device = args.device
+    choices = OPTIONS if args.backend == "inductor" else {"torch's draws": None}
     steps: dict[str, Step] = {}
     setting = Setting(f"{model} VAE, batch {size}, {source}", {}, {})
     for name in args.estimators:
-        steps[name] = ours_step(name, sizes, x)
+        steps[name] = ours_step(name, sizes, x, args.backend)
         # the first step runs eager, the second is recorded and compiled
         ours, _ = _seconds(lambda name=name: [steps[name]() for _ in range(2)])
         seconds = {}
-        for label, options in OPTIONS.items():
+        for label, options in choices.items():
             vae = VAE("", {}, device, sizes)
             begin = time.perf_counter()
             step = HandStep(name, vae, x, options, LEARNING_RATE)
@@ -133,7 +141,7 @@ def run_setting(model: str, size: int, args: argparse.Namespace) -> Setting:
         steps[name] = pyro_step(name, sizes, x)
     setting.times = measure(steps, args.rounds, args.seconds, device)
     for name in args.estimators:
-        middle = {_hand(name, o): statistics.median(setting.times[_hand(name, o)]) for o in OPTIONS}
+        middle = {_hand(name, o): statistics.median(setting.times[_hand(name, o)]) for o in choices}
         setting.hand[name] = min(middle, key=lambda key: middle[key])
         pair = (steps[name], steps[setting.hand[name]])
         ours_peak, hand_peak = (peak_bytes(step, device) for step in pair)
@@ -260,7 +268,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[50, 500])
     parser.add_argument("--estimators", nargs="+", choices=list(MAKE), default=list(MAKE))
     parser.add_argument("--train", type=int, default=1000, help="steps to the checkpoint; 0: none")
+    parser.add_argument(
+        "--adapt", type=int, default=400, help="steps of what estimators learn there"
+    )
     parser.add_argument("--draws", type=int, default=150, help="of a gradient, for its variance")
+    parser.add_argument("--backend", choices=["inductor", "replay"], default="inductor")
     parser.add_argument("--smoke", action="store_true", help="check on a tiny VAE, time nothing")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -277,10 +289,30 @@ def warm_up(device: str) -> None:
 
 
 def smoke(args: argparse.Namespace) -> None:
-    """What is exact about a step, on a tiny VAE."""
+    """What is exact about a step, on a tiny VAE, and that all tables can be made."""
     print(check_waiting(args.device))
     for name in args.estimators:
         print(check_step(name, MAKE[name], args.device))
+    args.rounds, args.seconds, args.train, args.adapt, args.draws = 1, 0.0, 3, 3, 3
+    args.backend = "replay"
+    settings = {("tiny", size): run_setting("tiny", TINY, size, args) for size in (6, 50)}
+    variances = encoder_variances(TINY, _makers(args), PYRO_AVERAGE, GRAPH, args)
+    setting = settings["tiny", 50]
+    for table in (time_table, cost_table):
+        _require_rows(list(table(setting)), args.estimators)
+    _require_rows(list(variance_table(variances, setting)), args.estimators)
+    _require_rows(list(target_table(settings, {"tiny": variances})), ["tiny, batch 50"])
+    print("all tables can be made")
+
+
+def _makers(args: argparse.Namespace) -> dict[str, Callable[[], AbstractEstimator]]:
+    return {name: MAKE[name] for name in args.estimators}
+
+
+def _require_rows(lines: list[str], names: list[str]) -> None:
+    for name in names:
+        found = any(line.startswith(f"| {name}") for line in lines)
+        require(found, f"a table has no row for {name}: {lines}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -291,13 +323,13 @@ def report(args: argparse.Namespace) -> None:
         for size in args.batches:
             with fresh_cache():
                 warm_up(args.device)
-                setting = settings[model, size] = run_setting(model, size, args)
+                setting = run_setting(model, SIZES[model], size, args)
+            settings[model, size] = setting
             for table in (time_table(setting), cost_table(setting)):
                 print(f"\n## {setting.title}\n")
                 print("\n".join(table), flush=True)
             if size == 50 and args.train:
-                makers = {name: MAKE[name] for name in args.estimators}
-                found = encoder_variances(SIZES[model], makers, PYRO_AVERAGE, GRAPH, args)
+                found = encoder_variances(SIZES[model], _makers(args), PYRO_AVERAGE, GRAPH, args)
                 variances[model] = found
                 print(f"\n## {setting.title}: variance after {args.train} steps\n")
                 print("\n".join(variance_table(found, setting)), flush=True)
@@ -312,8 +344,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, {args.device}, one thread,")
     print(f"{args.rounds} rounds; median (least to greatest).\n", flush=True)
     with quiet_machine():
-        makers = {name: MAKE[name] for name in args.estimators}
-        print("\n".join(check_references(makers, args.device)), flush=True)
+        print("\n".join(check_references(_makers(args), args.device)), flush=True)
         if args.smoke:
             smoke(args)
         else:
