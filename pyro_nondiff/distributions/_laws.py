@@ -103,13 +103,13 @@ def _bernoulli_score(law: Bernoulli, value: Tensor, count: int, soft: bool = Fal
     Where worlds or plate elements share logits, the part that is no function of the value is
     summed by itself, once for all of them.
     """
+    logits = _unexpanded(law.logits, count)
+    if logits.numel() == torch.broadcast_shapes(value.shape, law.logits.shape).numel():
+        score = extended_score(law, value) if soft else law.log_prob(value)
+        return _sum_rightmost(score, count)
     if law._validate_args and not soft:
         law._validate_sample(value)
-    logits = _unexpanded(law.logits, count)
-    linear, constant = value * law.logits, softplus(logits)
-    if linear.numel() == constant.numel():
-        return _sum_rightmost(linear - constant, count)
-    return _sum_rightmost(linear, count) - _sum_rightmost(constant, count)
+    return _sum_rightmost(value * law.logits, count) - _sum_rightmost(softplus(logits), count)
 
 
 def _unexpanded(x: Tensor, count: int) -> Tensor:
