@@ -10,23 +10,20 @@ beside this file.
 """
 
 import argparse
-import gzip
-import os
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
+from _vae import VAE, vae_batch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam, PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_nondiff.estimators import REINFORCE, RLOO, DisARM, MovingAverage
@@ -61,60 +58,27 @@ def optimiser(used: bool) -> PyroOptim:
 # --- the variational autoencoder ----------------------------------------------------------
 
 
-@dataclass
-class VAE:
-    """784 pixels, 200 bits, 784 pixels, as a Pyro program and by hand.
+def by_hand(vae: VAE, x: Tensor, optimise: bool) -> Step:
+    """The same step with no library but PyTorch."""
+    parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]
+    adam = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    average = torch.zeros((), device=x.device)
 
-    Arguments:
-        name: Of the networks in the param store.
-        infer: What the guide's site passes to Pyro.
-        device: Where it runs.
-    """
+    def step() -> float:
+        logits = vae.encoder(x)
+        z = torch.bernoulli(logits.detach().sigmoid())
+        log_q = _bernoulli(logits, z)
+        log_p = _bernoulli(vae.decoder(z), x) + _bernoulli(vae.prior.expand_as(z), z)
+        cost = (log_q - log_p).detach()
+        surrogate = ((cost - average) * log_q - log_p).sum()
+        adam.zero_grad()
+        surrogate.backward()
+        if optimise:
+            adam.step()
+        average.lerp_(cost.mean(), 1 - DECAY)
+        return cost.sum().item()
 
-    name: str
-    infer: dict[str, Any]
-    device: str
-
-    def __post_init__(self) -> None:
-        self.encoder = nn.Linear(784, 200, device=self.device)
-        self.decoder = nn.Linear(200, 784, device=self.device)
-        self.prior = torch.zeros(200, device=self.device)
-
-    def model(self, x: Tensor) -> None:
-        """Draw bits, then pixels."""
-        pyro.module(f"{self.name}.decoder", self.decoder)
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Draw bits from pixels."""
-        pyro.module(f"{self.name}.encoder", self.encoder)
-        with pyro.plate("data", len(x), dim=-1):
-            law = dist.Bernoulli(logits=self.encoder(x)).to_event(1)
-            pyro.sample("z", law, infer=self.infer)
-
-    def by_hand(self, x: Tensor, optimise: bool) -> Step:
-        """The same step with no library but PyTorch."""
-        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        adam = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-        average = torch.zeros((), device=self.device)
-
-        def step() -> float:
-            logits = self.encoder(x)
-            z = torch.bernoulli(logits.detach().sigmoid())
-            log_q = _bernoulli(logits, z)
-            log_p = _bernoulli(self.decoder(z), x) + _bernoulli(self.prior.expand_as(z), z)
-            cost = (log_q - log_p).detach()
-            surrogate = ((cost - average) * log_q - log_p).sum()
-            adam.zero_grad()
-            surrogate.backward()
-            if optimise:
-                adam.step()
-            average.lerp_(cost.mean(), 1 - DECAY)
-            return cost.sum().item()
-
-        return step
+    return step
 
 
 def _bernoulli(logits: Tensor, value: Tensor) -> Tensor:
@@ -132,24 +96,12 @@ def vae_steps(x: Tensor, optimise: bool = True) -> dict[str, Step]:
         DISARM: TraceEstimator_ELBO(DisARM()),
     }
     device = str(x.device)
-    steps: dict[str, Step] = {HAND: VAE(HAND, {}, device).by_hand(x, optimise)}
+    steps: dict[str, Step] = {HAND: by_hand(VAE(HAND, {}, device), x, optimise)}
     for name, elbo in objectives.items():
         vae = VAE(name, PYRO_AVERAGE if name == GRAPH else {}, device)
         svi = SVI(vae.model, vae.guide, optimiser(optimise), loss=elbo)
         steps[name] = lambda svi=svi: svi.step(x)
     return steps
-
-
-def vae_batch(size: int, device: str) -> tuple[Tensor, str]:
-    """A batch of binarised MNIST where it is to be had, of random pixels elsewhere."""
-    folder = os.environ.get("PYRO_NONDIFF_DATA")
-    path = Path(folder or "", "mnist", "t10k-images-idx3-ubyte.gz")
-    if folder and path.exists():
-        with gzip.open(path) as file:
-            pixels = np.frombuffer(file.read(16 + 784 * size), np.uint8, offset=16)
-        x = torch.tensor(pixels.reshape(size, 784) > 127, dtype=torch.float32)
-        return x.to(device), "MNIST"
-    return torch.bernoulli(torch.full((size, 784), 0.2, device=device)), "random pixels"
 
 
 # --- chains of dependent sites ------------------------------------------------------------

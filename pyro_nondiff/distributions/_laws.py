@@ -83,6 +83,43 @@ def _(law: OneHotCategorical, value: Tensor) -> Tensor:
     return extended_score(law, value)
 
 
+def _is_difference(law: Law) -> bool:
+    """Whether a law's score is a difference of two parts, both precise enough to be subtracted."""
+    if not isinstance(law, Bernoulli) or type(law).log_prob is not Bernoulli.log_prob:
+        return False
+    return torch.finfo(law._param.dtype).bits >= 32
+
+
+@_core_score.register(Bernoulli)
+def _(law: Bernoulli, value: Tensor) -> Tensor:
+    if not _is_difference(law):
+        return cast(Tensor, law.log_prob(value))
+    return _bernoulli_score(law, value, 0)
+
+
+def _bernoulli_score(law: Bernoulli, value: Tensor, count: int, soft: bool = False) -> Tensor:
+    """The score of bits, summed over the last dimensions.
+
+    Where worlds or plate elements share logits, the part that is no function of the value is
+    summed by itself, once for all of them.
+    """
+    logits = _unexpanded(law.logits, count)
+    if logits.numel() == torch.broadcast_shapes(value.shape, law.logits.shape).numel():
+        score = extended_score(law, value) if soft else law.log_prob(value)
+        return _sum_rightmost(score, count)
+    if law._validate_args and not soft:
+        law._validate_sample(value)
+    return _sum_rightmost(value * law.logits, count) - _sum_rightmost(softplus(logits), count)
+
+
+def _unexpanded(x: Tensor, count: int) -> Tensor:
+    """A tensor without the copies that it was expanded to, but in the last dimensions."""
+    for dim in range(x.dim() - count):
+        if x.stride(dim) == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
 def extended_score(law: Law, value: Tensor) -> Tensor:
     """The extension of a discrete law's score that is linear in each factor of the value."""
     if isinstance(law, Bernoulli):
@@ -103,8 +140,12 @@ def log_prob(law: Law, value: Tensor, soft: bool = False) -> tuple[Tensor, Tenso
     tensor.
     """
     if isinstance(law, Independent):
+        count = law.reinterpreted_batch_ndims
+        if _is_difference(law.base_dist):
+            score = _bernoulli_score(law.base_dist, value, count, soft)
+            return score, score
         both = log_prob(law.base_dist, value, soft)
-        return _each(both, lambda x: _sum_rightmost(x, law.reinterpreted_batch_ndims))
+        return _each(both, lambda x: _sum_rightmost(x, count))
     if isinstance(law, MaskedDistribution):
         score, masked = log_prob(law.base_dist, value, soft)
         return score, scale_and_mask(masked, mask=law._mask)

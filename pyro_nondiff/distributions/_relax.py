@@ -23,7 +23,7 @@ References:
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, OneHotCategorical
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import softplus
 
 from ._laws import Law, core, logits
 from ._maps import NoiseMap
@@ -62,9 +62,8 @@ def conditional(law: Law, leaf: Tensor, value: Tensor, noise: Tensor) -> Tensor:
         noise: Fresh noise of the law's kind.
     """
     if isinstance(core(law), Bernoulli):
-        one = softplus(noise - logsigmoid(-leaf))
-        zero = -softplus(noise - logsigmoid(leaf))
-        return torch.where(value > 0, one, zero)
+        sign = torch.where(value > 0, 1.0, -1.0).to(leaf.dtype)
+        return sign * softplus(noise + softplus(sign * leaf))
     chosen = value > 0
     top = (noise * value).sum(-1, keepdim=True) + leaf.logsumexp(-1, keepdim=True)
     return torch.where(chosen, top, -torch.logaddexp(-noise - leaf, -top))

@@ -107,12 +107,9 @@ def _twins(
 def _slopes(totals: Tensor, draw: Draw, second_order: bool) -> Tensor:
     """The gradient of the cost at the value, and of minus the cost at the twin, for both."""
     (found,) = torch.autograd.grad(
-        (totals[0] - totals[1]).sum(),
-        cast(Tensor, draw.placed),
-        create_graph=second_order,
-        retain_graph=True,
+        totals.sum(), cast(Tensor, draw.placed), create_graph=second_order, retain_graph=True
     )
-    return found
+    return torch.stack([found[0], -found[1]])
 
 
 @dataclass(frozen=True)

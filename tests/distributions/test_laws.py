@@ -57,6 +57,45 @@ def test_log_prob_and_transport_of_wrapped_laws(base: Any, wrapper: str) -> None
         assert law.log_prob(mapped).isfinite().all()
 
 
+@pytest.mark.parametrize("worlds", [(), (2,), (2, 1)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_score_of_bits_that_share_logits(worlds: tuple[int, ...], shared: bool) -> None:
+    """Worlds and plate elements that share logits get torch's score and its gradient."""
+    leaf = torch.tensor([[0.0, -3.0, 2.0, 30.0]], requires_grad=True)
+    logits = leaf.expand(5, 4) if shared else leaf + torch.arange(5.0)[:, None]
+    law = dist.Bernoulli(logits=logits).to_event(1)
+    value = torch.bernoulli(torch.full((*worlds, 5, 4), 0.5))
+    weights = torch.randn((*worlds, 5))
+    found, expected = log_prob(law, value)[0], law.log_prob(value)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad((weights * x).sum(), leaf)[0] for x in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_score_of_bits_in_half_precision_is_torchs() -> None:
+    law = dist.Bernoulli(logits=torch.full((100,), 6.0, dtype=torch.float16)).to_event(1)
+    value = torch.ones(100, dtype=torch.float16)
+    assert torch.equal(log_prob(law, value)[0], law.log_prob(value))
+
+
+def test_score_of_bits_is_a_laws_own() -> None:
+    class Shifted(dist.Bernoulli):  # type: ignore[misc]
+        def log_prob(self, value: Tensor) -> Tensor:
+            return super().log_prob(value) + 1
+
+    law = Shifted(logits=torch.zeros(3))
+    value = torch.ones(3)
+    assert torch.equal(log_prob(law, value)[0], law.log_prob(value))
+
+
+def test_score_of_bits_validates_hard_values_alone() -> None:
+    law = dist.Bernoulli(logits=torch.zeros(3), validate_args=True).to_event(1)
+    half = torch.full((3,), 0.5)
+    with pytest.raises(ValueError, match="support"):
+        log_prob(law, half)
+    assert log_prob(law, half, soft=True)[0].isfinite()
+
+
 def test_one_hot_value_gets_a_gradient() -> None:
     law = dist.OneHotCategorical(logits=torch.tensor([0.3, -1.0, 2.0]))
     value = torch.tensor([0.0, 1.0, 0.0], requires_grad=True)
