@@ -7,6 +7,7 @@ parameters with equal options, whose state is theirs.
 
 import inspect
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import pyro
@@ -111,7 +112,8 @@ class _Joined:
         first = self.options[0]
         self.keys = [key for key in first if key not in _NOT_COMPARED]
         self.optimizer = _one_for_all(type(singles[0]), parameters, first)
-        self.values = self._values(self.optimizer.param_groups[0])
+        self.read = itemgetter(*self.keys)  # quick: it is asked of each parameter at each step
+        self.values = self.read(self.optimizer.param_groups[0])
         for parameter, single in zip(parameters, singles, strict=True):
             state = single.state[parameter] or self.optimizer.state[parameter]
             _place_count(state, parameter, self.optimizer.param_groups[0])
@@ -119,21 +121,19 @@ class _Joined:
 
     def fits(self) -> bool:
         """Whether the parameters still have the options that they were grouped by."""
-        return all(self._values(options) == self.values for options in self.options)
+        values = self.values
+        return all(self.read(options) == values for options in self.options)
 
     def step(self) -> None:
         """Moves them."""
         self.optimizer.step()
-        values = self._values(self.optimizer.param_groups[0])
-        if values != self.values:  # ClippedAdam lowers its rate at each step
+        group = self.optimizer.param_groups[0]
+        if (values := self.read(group)) != self.values:  # ClippedAdam lowers its rate at each step
             self.values = values
             for options in self.options:
-                options.update(zip(self.keys, values, strict=True))
+                options.update({key: group[key] for key in self.keys})
         for single in self.singles:
             single._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it
-
-    def _values(self, options: dict[str, Any]) -> list[Any]:
-        return [options.get(key) for key in self.keys]
 
 
 def _optimizer_of(made: Any) -> Optimizer:
