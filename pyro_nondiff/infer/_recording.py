@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -110,6 +110,8 @@ def record(
         with around.restored(), swapped(around.places, lambda old: fakes[id(old)]):
             _refresh_recurrent(around.modules)
             before = [place.value for place in around.places]
+            if isinstance(old, nn.Parameter):
+                cast(Any, new)._is_param = True  # Pyro's modules look for parameters
             numbers = around.values()
             with outside, NotRead(), poutine.trace(param_only=True) as capture:
                 loss = _loss(step(args))
