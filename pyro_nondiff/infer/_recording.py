@@ -169,7 +169,7 @@ def _trained(found: set[str], met: Met) -> list[str]:
             f"parameters {lost} get no gradient when the step is recorded: they are used by other "
             "ways than their places in modules or the param store"
         )
-    return trained
+    return list({id(STORE[name]): name for name in trained}.values())
 
 
 def _check_strays(around: Surroundings, before: Sequence[Any]) -> None:

@@ -213,7 +213,7 @@ class Routine:
                 _add_gradient(tensor, gradient)
         loss = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         return (
-            Outcome(loss, list(met.values())),
+            Outcome(loss, list(dict.fromkeys(met.values()))),  # one may have two names
             Met(list(met), trained, outside.dtypes),
             lambda: Surroundings(self.programs, modules, outside.functions),
         )
@@ -301,7 +301,7 @@ def _replay(variant: Variant, call: Call) -> Outcome:
     for i, tensor in zip(recording.assigned, rest[count:], strict=True):
         place = variant.around.places[i]
         cast(MutableMapping[Any, Any], place.holder)[place.key] = tensor
-    return Outcome(loss, [STORE[name] for name in variant.met.names])
+    return Outcome(loss, list(dict.fromkeys(STORE[name] for name in variant.met.names)))
 
 
 def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
