@@ -95,6 +95,12 @@ def record(
         CannotRecordError: If what was recorded would not do what the step does.
         Exception: Whatever stops the step when it finds no values in its tensors.
     """
+    for place in around.places:
+        if has_hooks(place.value):
+            raise CannotRecordError(
+                f"{place.label} has a hook on its gradient, which a recording would not call. "
+                "Clip gradients by the optimiser's clip_args, or mask them in the program"
+            )
     tensors = {id(place.value): place.value for place in around.places}
     inputs = [*tensors.values(), *leaves]
     assigned: list[int] = []
@@ -104,14 +110,14 @@ def record(
     def run(given: list[Tensor]) -> list[Tensor]:
         for old, new in zip(inputs, given, strict=True):
             new.requires_grad_(old.requires_grad)
+            if isinstance(old, nn.Parameter):
+                cast(Any, new)._is_param = True  # Pyro's modules look for parameters
         fakes = dict(zip(tensors, given, strict=False))
         rest = iter(given[len(tensors) :])
         args = tree_map_only(Tensor, lambda _: next(rest), arguments)
         with around.restored(), swapped(around.places, lambda old: fakes[id(old)]):
             _refresh_recurrent(around.modules)
             before = [place.value for place in around.places]
-            if isinstance(old, nn.Parameter):
-                cast(Any, new)._is_param = True  # Pyro's modules look for parameters
             numbers = around.values()
             with outside, NotRead(), poutine.trace(param_only=True) as capture:
                 loss = _loss(step(args))
@@ -126,7 +132,7 @@ def record(
         return [loss, *gradients, *moved]
 
     example = [tensor.detach() for tensor in inputs]
-    with _unchanged_generators(), pyro.validation_enabled(False), torch.enable_grad():
+    with _unchanged_generators(), pyro.validation_enabled(False):
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(example)
     _refresh_recurrent(around.modules)
     graph.graph.set_codegen(fx.graph.CodeGen())
@@ -143,6 +149,11 @@ def record(
         assigned,
         outside.calls,
     )
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether something is called with the gradient of a tensor."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _loss(found: Any) -> Tensor:

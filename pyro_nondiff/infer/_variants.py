@@ -22,7 +22,7 @@ from ..errors import NonDiffWarning
 from ._backends import Backend, Run, runner
 from ._outside import NoteOutside
 from ._places import SIMPLE, STORE, Surroundings
-from ._recording import CannotRecordError, Met, Recording, record
+from ._recording import CannotRecordError, Met, Recording, has_hooks, record
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("site-packages", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
@@ -62,14 +62,16 @@ class Call(NamedTuple):
 
 def call_of(arguments: Any) -> Call:
     """Looks at the arguments of a call."""
-    values: list[Any] = [torch.get_default_dtype(), torch.is_autocast_enabled()]
+    values: list[Any] = [torch.get_default_dtype(), torch.is_grad_enabled()]
+    for device in ("cpu", "cuda"):
+        values += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     leaves: list[Tensor] = []
     unknown: list[str] = []
 
     def look(x: Any) -> Any:
         if isinstance(x, Tensor):
             leaves.append(x)
-            return x.shape, x.dtype, x.device, x.requires_grad
+            return _kind(x)
         if type(x) in (dict, OrderedDict):
             return type(x), *((name, look(value)) for name, value in x.items())
         if type(x) in (tuple, list) or (isinstance(x, tuple) and hasattr(x, "_fields")):
@@ -94,6 +96,7 @@ class Variant:
         met: The parameters that its first call met.
         watched: What lay around it that is no tensor.
         last: The tensors that were in its places when they were last looked at.
+        kinds: What it takes for granted of each of them.
         attempts: How often it was tried to record it.
         recording: The recording.
         run: What runs the recording.
@@ -104,6 +107,7 @@ class Variant:
     met: Met
     watched: list[Any] = field(default_factory=list)
     last: list[Any] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
     attempts: int = 0
     recording: Recording | None = None
     run: Run | None = None
@@ -111,6 +115,7 @@ class Variant:
     def __post_init__(self) -> None:
         self.watched = self.around.values()
         self.last = [place.value for place in self.around.places]
+        self.kinds = list(map(_kind, self.last))
 
     def changed(self, call: Call) -> str | None:
         """What differs between the variant and a call with arguments of its shapes, in words."""
@@ -121,12 +126,14 @@ class Variant:
         if place is not None and (isinstance(place.value, SIMPLE) or not self._follow()):
             return place.label
         now = [place.value for place in self.around.places]
-        if all(map(is_, now, self.last)):
-            return None
         if not all(isinstance(tensor, Tensor) for tensor in now):
             return "a tensor that is there no more"
-        if _kinds(now) != _kinds(self.last):
+        if list(map(_kind, now)) != self.kinds:  # a tensor may be frozen where it is
             return "a tensor's shape or kind"
+        if all(map(is_, now, self.last)):
+            return None
+        if _aliases(now) != _aliases(self.last):
+            return "which of the tensors are the same"
         self.last = now
         return None
 
@@ -139,13 +146,23 @@ class Variant:
         return True
 
 
-def _kinds(tensors: list[Any]) -> list[Any]:
-    """What a recording takes for granted of tensors: their kinds, and which are the same."""
+def _kind(tensor: Tensor) -> Any:
+    """What a recording takes for granted of a tensor."""
+    dense = tensor.layout is torch.strided and not tensor.is_contiguous()
+    return (
+        tensor.shape,
+        tensor.stride() if dense else tensor.layout,
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+        has_hooks(tensor),
+    )
+
+
+def _aliases(tensors: list[Any]) -> list[int]:
+    """For each tensor, where it is met first."""
     first: dict[int, int] = {}
-    return [
-        (t.shape, t.dtype, t.device, t.requires_grad, first.setdefault(id(t), i))
-        for i, t in enumerate(tensors)
-    ]
+    return [first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
 
 
 class Routine:
