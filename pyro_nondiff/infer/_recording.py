@@ -95,6 +95,10 @@ def record(
         CannotRecordError: If what was recorded would not do what the step does.
         Exception: Whatever stops the step when it finds no values in its tensors.
     """
+    if not around.is_whole:
+        raise CannotRecordError(
+            f"the program reaches more than {len(around.watched)} things, which are not all watched"
+        )
     for place in around.places:
         if has_hooks(place.value):
             raise CannotRecordError(

@@ -5,7 +5,7 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from pathlib import Path
@@ -205,13 +205,13 @@ class Routine:
         if self._too_many(variants, changed):
             return self._eager(args, kwargs)[0]
         outcome, met, around = self._eager(args, kwargs)
-        variants.insert(0, Variant(call.values, around(), met))
+        variants.insert(0, Variant(call.values, around(call.values), met))
         return outcome
 
     def _eager(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Outcome, Met, Callable[[], Surroundings]]:
-        """Does it as it is; also says what it met, and what lies around it."""
+    ) -> tuple[Outcome, Met, Callable[[Sequence[Any]], Surroundings]]:
+        """Does it as it is; also says what it met, and what lies around it and other things."""
         modules: dict[nn.Module, None] = {}
         handle = register_module_forward_pre_hook(lambda module, _: modules.setdefault(module))
         earlier = {tensor: tensor.grad for tensor in STORE.values()}
@@ -232,7 +232,7 @@ class Routine:
         return (
             Outcome(loss, list(dict.fromkeys(met.values()))),  # one may have two names
             Met(list(met), trained, outside.dtypes),
-            lambda: Surroundings(self.programs, modules, outside.functions),
+            lambda given: Surroundings([*self.programs, *given], modules, outside.functions),
         )
 
     def _refused(self, call: Call) -> bool:
