@@ -40,6 +40,7 @@ class OutsideCall:
         shape: The shape of what one call returns.
         batched: Whether it is called once for all.
         dtype: Of what it answered when the step ran.
+        answer: What to answer in its place, if anything.
     """
 
     name: str
@@ -49,9 +50,12 @@ class OutsideCall:
     shape: tuple[int, ...]
     batched: bool
     dtype: torch.dtype
+    answer: Tensor | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """Calls it."""
+        if self.answer is not None:
+            return self.answer.clone()
         given = iter(tensors)
         rows = [next(given) if row is TENSOR else row for row in self.rows]
         found = call_outside(self.name, self.fn, rows, self.size, self.shape, self.batched)
@@ -70,6 +74,7 @@ class NoteOutside(TorchFunctionMode):
         super().__init__()
         self.functions: list[Callable[..., Any]] = []
         self.dtypes: dict[str, torch.dtype] = {}
+        self.answers: list[Tensor] = []
 
     def __torch_function__(
         self,
@@ -83,6 +88,7 @@ class NoteOutside(TorchFunctionMode):
             name, fn, *_ = args
             self.functions.append(fn)
             self.dtypes[name] = found.dtype
+            self.answers.append(found)
         return found
 
 

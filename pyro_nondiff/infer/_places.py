@@ -5,12 +5,14 @@ again before each call, so that a change is seen, in place or by assignment. All
 a step that was recorded when it was different is stale.
 """
 
+import random
 import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import IOBase
 from types import (
     CellType,
     FunctionType,
@@ -21,7 +23,9 @@ from types import (
 )
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
+import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, device, dtype, nn
@@ -44,6 +48,7 @@ _OPEN = (
     AbstractEstimator,
     AbstractBaseline,
 )
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _LONGEST = 64  # of the lists and dictionaries that are looked into
 _MOST = 20_000  # things that are watched
 
@@ -219,6 +224,18 @@ class Surroundings:
         """Whether all that was found is watched."""
         return len(self.watched) <= _MOST
 
+    @property
+    def generators(self) -> list[Any]:
+        """The generators of random numbers that the program holds."""
+        found = [value for value in self.values() if isinstance(value, _GENERATORS)]
+        return list({id(each): each for each in found}.values())
+
+    @property
+    def iterators(self) -> list[Place]:
+        """Where the program holds an iterator that is not the user's own."""
+        kinds = [(place, place.value) for place in self.watched]
+        return [p for p, v in kinds if isinstance(v, Iterator) and not (_is_open(v) or _is_file(v))]
+
     def again(self) -> "Surroundings":
         """What can be reached now: things may have been replaced by others like them."""
         return Surroundings(*self._made_of)
@@ -334,9 +351,12 @@ class Surroundings:
 
     def _container(self, thing: Any, label: str) -> None:
         self._size(label, thing)
-        if len(thing) > _LONGEST or isinstance(thing, set | frozenset):
+        if isinstance(thing, set | frozenset):
             return
-        if isinstance(thing, tuple):
+        if len(thing) > _LONGEST:
+            if not isinstance(thing, tuple):
+                self._holders.append((thing if isinstance(thing, dict) else _List(thing), None))
+        elif isinstance(thing, tuple):
             self._keep(dict(enumerate(thing)), label + "[{}]", restore=False)
         else:
             self._keep(thing if isinstance(thing, dict) else _List(thing), label + "[{}]")
@@ -423,6 +443,10 @@ def _is_open(thing: Any) -> bool:
     if isinstance(thing, type):
         return False
     return isinstance(thing, _OPEN) or not _is_library(type(thing))
+
+
+def _is_file(thing: Any) -> bool:
+    return isinstance(thing, IOBase)
 
 
 def _slots(thing: Any) -> dict[str, Any]:

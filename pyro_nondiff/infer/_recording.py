@@ -1,5 +1,6 @@
 """Records a step as one graph of operations on the tensors that it finds."""
 
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,12 +68,14 @@ class Met:
     Arguments:
         names: All of them.
         trained: Those that got a gradient.
-        answers: The kind of numbers that each ``external`` op answered.
+        kinds: The kind of numbers that each ``external`` op answered.
+        answers: All that they answered, in order.
     """
 
     names: list[str]
     trained: list[str]
-    answers: dict[str, torch.dtype]
+    kinds: dict[str, torch.dtype]
+    answers: list[Tensor]
 
 
 def record(
@@ -99,6 +102,11 @@ def record(
         raise CannotRecordError(
             f"the program reaches more than {len(around.watched)} things, which are not all watched"
         )
+    for place in around.iterators:
+        raise CannotRecordError(
+            f"{place.label} is an iterator, which a recording would not move on. Give what it "
+            "yields as an argument of the step"
+        )
     for place in around.places:
         if has_hooks(place.value):
             raise CannotRecordError(
@@ -109,7 +117,7 @@ def record(
     inputs = [*tensors.values(), *leaves]
     assigned: list[int] = []
     trained: list[str] = []
-    outside = RecordOutside(met.answers)
+    outside = RecordOutside(met.kinds)
 
     def run(given: list[Tensor]) -> list[Tensor]:
         for old, new in zip(inputs, given, strict=True):
@@ -136,7 +144,7 @@ def record(
         return [loss, *gradients, *moved]
 
     example = [tensor.detach() for tensor in inputs]
-    with _unchanged_generators(), pyro.validation_enabled(False):
+    with _unchanged_generators(around.generators), pyro.validation_enabled(False):
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(example)
     _refresh_recurrent(around.modules)
     graph.graph.set_codegen(fx.graph.CodeGen())
@@ -206,18 +214,37 @@ def _refresh_recurrent(modules: Sequence[nn.Module]) -> None:
 
 
 @contextmanager
-def _unchanged_generators() -> Iterator[None]:
+def _unchanged_generators(generators: Sequence[Any]) -> Iterator[None]:
     """Refuses draws of other generators than torch's, which a graph would repeat."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    others = [each for each in generators if not isinstance(each, torch.Generator)]
+    others += [random, np.random]
+    states = [_get_state(each) for each in others]
     try:
         yield
     finally:
-        now = random.getstate(), np.random.get_state()  # noqa: NPY002
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-    same = all(np.array_equal(a, b) for a, b in zip(states[1], now[1], strict=True))
-    if states[0] != now[0] or not same:
+        now = [_get_state(each) for each in others]
+        for each, state in zip(others, states, strict=True):
+            _set_state(each, state)
+    if pickle.dumps(states) != pickle.dumps(now):
         raise CannotRecordError("the step draws from Python's or NumPy's generator")
+
+
+def _get_state(generator: Any) -> Any:
+    """The state of a generator of Python or NumPy."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif hasattr(generator, "setstate"):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _lift(graph: fx.GraphModule, inputs: Sequence[Tensor], trained: Sequence[str]) -> list[Tensor]:

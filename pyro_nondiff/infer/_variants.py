@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import NonDiffWarning
+from ._agreement import agree, run_beside
 from ._backends import Backend, Run, runner
 from ._outside import NoteOutside
 from ._places import SIMPLE, STORE, Surroundings
@@ -198,7 +199,7 @@ class Routine:
             changed = variant.changed(call)
             if changed is None:
                 if variant.recording is None and variant.attempts < ATTEMPTS:
-                    self._record(variant, (args, kwargs), call)
+                    return self._record(variant, (args, kwargs), call)
                 if variant.recording is None:
                     return self._eager(args, kwargs)[0]
                 return _replay(variant, call)
@@ -231,7 +232,7 @@ class Routine:
         loss = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         return (
             Outcome(loss, list(dict.fromkeys(met.values()))),  # one may have two names
-            Met(list(met), trained, outside.dtypes),
+            Met(list(met), trained, outside.dtypes, outside.answers),
             lambda given: Surroundings([*self.programs, *given], modules, outside.functions),
         )
 
@@ -270,7 +271,8 @@ class Routine:
             return False
         return True
 
-    def _record(self, variant: Variant, arguments: Any, call: Call) -> None:
+    def _record(self, variant: Variant, arguments: Any, call: Call) -> Outcome:
+        """Takes the step as it is, and records it if it can be."""
         start = time.perf_counter()
         variant.attempts += 1
         try:
@@ -288,18 +290,62 @@ class Routine:
                 variant.attempts = ATTEMPTS
             if variant.attempts == ATTEMPTS:
                 self._warn(f"{self.name} is not recorded, and runs eager: {_reason(error)}.")
-            return
-        self.num_recordings += 1
+            return self._eager(*arguments)[0]
         size = recording.num_operations
         seconds = time.perf_counter() - start
         _log.info("%s: recorded %d operations in %.1f s", self.name, size, seconds)
         example = recording.inputs(variant.around.places, call.leaves)
+        replay = runner(recording.graph, example, "replay", size)
+        agrees, outcome = self._compare(variant, recording, replay, arguments, call)
+        if not agrees:
+            variant.attempts = ATTEMPTS
+            self._warn(
+                f"{self.name} is not recorded, and runs eager: what was recorded did something "
+                "else than the step itself. The program may draw from a generator of its own, set "
+                "a seed, or change something that is no tensor."
+            )
+            return outcome
+        self.num_recordings += 1
         try:
             variant.run = runner(recording.graph, example, self.backend, size)
         except Exception as error:
             self._warn(f"inductor cannot compile {self.name}, so it is replayed: {_reason(error)}.")
             variant.run = runner(recording.graph, example, "replay", size)
         variant.recording = recording
+        return outcome
+
+    def _compare(
+        self, variant: Variant, recording: Recording, run: Run, arguments: Any, call: Call
+    ) -> tuple[bool, Outcome]:
+        """Takes the step as it is; also says whether a recording does the same."""
+        earlier = [STORE[name].grad for name in recording.trained]
+        inputs = recording.inputs(variant.around.places, call.leaves)
+        outcomes: list[Outcome] = []
+
+        def step() -> list[Tensor]:
+            outcome, met, _ = self._eager(*arguments)
+            outcomes.append(outcome)
+            return met.answers
+
+        generators = [g for g in variant.around.generators if isinstance(g, torch.Generator)]
+        try:
+            found, moved = run_beside(run, inputs, recording.calls, generators, step)
+        except Exception:
+            if not outcomes:
+                raise  # it is the program's own
+            return False, outcomes[0]
+        after = [STORE[name].grad for name in recording.trained]
+        pairs = zip(earlier, after, strict=True)
+        gradients = [b if a is None or b is None else b - a for a, b in pairs]
+        assigned = [variant.around.places[i].value for i in recording.assigned]
+        count = 1 + len(gradients)
+        agrees = (
+            agree(found[:1], [outcomes[0].loss])
+            and agree(found[1:count], gradients)
+            and agree(found[count:], assigned)
+            and agree(moved, inputs)
+        )
+        return agrees, outcomes[0]
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:
