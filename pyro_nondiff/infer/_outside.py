@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import NonDiffError
 from ..ops._outside import call_outside
@@ -59,6 +60,8 @@ class OutsideCall:
         given = iter(tensors)
         rows = [next(given) if row is TENSOR else row for row in self.rows]
         found = call_outside(self.name, self.fn, rows, self.size, self.shape, self.batched)
+        if self.dtype.is_floating_point and not found.is_complex():
+            found = found.to(self.dtype)  # a price may be a whole number once
         if found.dtype != self.dtype:
             raise NonDiffError(
                 f"op '{self.name}' returned {found.dtype}, and {self.dtype} when its step was "
@@ -146,7 +149,7 @@ def _holds_fake(fn: Any) -> bool:
     for cell in getattr(fn, "__closure__", None) or ():
         with suppress(ValueError):  # it is not assigned
             held.append(cell.cell_contents)
-    return any(isinstance(thing, FakeTensor) for thing in held)
+    return any(isinstance(thing, FakeTensor) for thing in tree_leaves(held))
 
 
 @cache
