@@ -6,22 +6,19 @@ a step that was recorded when it was different is stale.
 """
 
 import random
-import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from io import IOBase
 from types import (
-    CellType,
     FunctionType,
-    MemberDescriptorType,
     MethodType,
     ModuleType,
     SimpleNamespace,
 )
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyro
@@ -33,11 +30,22 @@ from torch.distributions import Distribution
 
 from ..estimators import AbstractEstimator
 from ..estimators.baselines import AbstractBaseline
+from ._holders import (
+    LIBRARIES,
+    LONGEST,
+    STORE,
+    Attributes,
+    Cell,
+    Items,
+    Place,
+    Size,
+    is_library,
+    slots_of,
+)
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), dtype, device)
 
 _MODULE = vars(nn.Module())
-_LIBRARIES = {"torch", "pyro", "numpy", "pyro_nondiff", *sys.stdlib_module_names} - {"__main__"}
 _OPEN = (
     Distribution,
     Messenger,
@@ -49,136 +57,7 @@ _OPEN = (
     AbstractBaseline,
 )
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_LONGEST = 64  # of the lists and dictionaries that are looked into
 _MOST = 20_000  # things that are watched
-
-
-class Place(NamedTuple):
-    """A place: a mapping, one of its keys, and what to call it in a message."""
-
-    holder: Mapping[Any, Any]
-    key: Any
-    label: str
-
-    @property
-    def value(self) -> Any:
-        """What is there now, or None."""
-        return self.holder.get(self.key)
-
-
-class _Cell(MutableMapping[str, Any]):
-    """The variable of a closure as a mapping with one key."""
-
-    def __init__(self, name: str, cell: CellType) -> None:
-        self.name, self.cell = name, cell
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:  # it is not assigned
-            raise KeyError(name) from None
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.cell.cell_contents = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.cell.cell_contents
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.name
-
-    def __len__(self) -> int:
-        return 1
-
-
-class _List(MutableMapping[int, Any]):
-    """A list, or a deque, as a mapping from its places."""
-
-    def __init__(self, items: Any) -> None:
-        self.items_ = items
-
-    def __getitem__(self, place: int) -> Any:
-        try:
-            return self.items_[place]
-        except IndexError:
-            raise KeyError(place) from None
-
-    def __setitem__(self, place: int, value: Any) -> None:
-        self.items_[place] = value
-
-    def __delitem__(self, place: int) -> None:
-        del self.items_[place]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.items_)))
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-
-class _Attributes(MutableMapping[str, Any]):
-    """Attributes that lie in no dictionary that can be written to: of slots, and of classes."""
-
-    def __init__(self, thing: Any, names: Iterable[str]) -> None:
-        self.thing, self.names = thing, list(names)
-        self.kind: Any = type if isinstance(thing, type) else object
-
-    def __getitem__(self, name: str) -> Any:
-        found = vars(self.thing) if self.kind is type else _slots(self.thing)
-        return found[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.kind.__setattr__(self.thing, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.kind.__delattr__(self.thing, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self.names if self.get(name) is not None)
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-class _Size(Mapping[str, Any]):
-    """How many things are in containers, as a mapping with one key; of a small set, which."""
-
-    def __init__(self, *containers: Any) -> None:
-        self.containers = containers
-
-    def __getitem__(self, key: str) -> int:
-        first = self.containers[0]
-        if isinstance(first, set) and len(first) <= _LONGEST:
-            return hash(frozenset(first))
-        return sum(map(len, self.containers))
-
-    def __iter__(self) -> Iterator[str]:
-        yield "size"
-
-    def __len__(self) -> int:
-        return 1
-
-
-class _Store(MutableMapping[str, Any]):
-    """The unconstrained values of Pyro's param store, which makes a new table when cleared."""
-
-    def __getitem__(self, name: str) -> Any:
-        return pyro.get_param_store()._params[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        pyro.get_param_store()._params[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del pyro.get_param_store()._params[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(pyro.get_param_store()._params)
-
-    def __len__(self) -> int:
-        return len(pyro.get_param_store()._params)
-
-
-STORE = _Store()
 
 
 class Surroundings:
@@ -329,8 +208,8 @@ class Surroundings:
         attributes = getattr(thing, "__dict__", {})
         self._keep(attributes, label + ".{}")
         self._size(label, attributes)
-        if slots := _slots(thing):
-            self._keep(_Attributes(thing, slots), label + ".{}", list(slots))
+        if slots := slots_of(thing):
+            self._keep(Attributes(thing, slots), label + ".{}", list(slots))
         if isinstance(thing, partial):
             given: dict[Any, Any] = {"func": thing.func, **dict(enumerate(thing.args))}
             self._keep(given, label + "[{}]", restore=False)
@@ -340,35 +219,35 @@ class Surroundings:
     def _class(self, cls: type) -> None:
         """The functions and attributes of a class and its bases that are the user's own."""
         for each in cls.__mro__:
-            if not _is_library(each) and id(each) not in self._met:
+            if not is_library(each) and id(each) not in self._met:
                 self._met[id(each)] = each
                 names = [
                     name
                     for name, value in vars(each).items()
                     if not name.startswith("__") or isinstance(value, FunctionType)
                 ]
-                self._keep(_Attributes(each, names), each.__name__ + ".{}", names)
+                self._keep(Attributes(each, names), each.__name__ + ".{}", names)
 
     def _container(self, thing: Any, label: str) -> None:
         self._size(label, thing)
         if isinstance(thing, set | frozenset):
             return
-        if len(thing) > _LONGEST:
+        if len(thing) > LONGEST:
             if not isinstance(thing, tuple):
-                self._holders.append((thing if isinstance(thing, dict) else _List(thing), None))
+                self._holders.append((thing if isinstance(thing, dict) else Items(thing), None))
         elif isinstance(thing, tuple):
             self._keep(dict(enumerate(thing)), label + "[{}]", restore=False)
         else:
-            self._keep(thing if isinstance(thing, dict) else _List(thing), label + "[{}]")
+            self._keep(thing if isinstance(thing, dict) else Items(thing), label + "[{}]")
 
     def _size(self, label: str, *containers: Any) -> None:
-        self.watched.append(Place(_Size(*containers), "size", f"the size of {label}"))
+        self.watched.append(Place(Size(*containers), "size", f"the size of {label}"))
 
     def _function(self, function: FunctionType) -> None:
         names, label = function.__code__.co_freevars, function.__name__
         for name, cell in zip(names, function.__closure__ or (), strict=True):
-            self._keep(_Cell(name, cell), label + ":{}", [name])
-        if not _is_library(function):
+            self._keep(Cell(name, cell), label + ":{}", [name])
+        if not is_library(function):
             self._home(function.__globals__, self._names(function.__code__), label + ":{}")
         if vars(function):
             self._keep(vars(function), label + ".{}")
@@ -442,33 +321,18 @@ def _is_open(thing: Any) -> bool:
     """Whether the attributes of an object are looked into."""
     if isinstance(thing, type):
         return False
-    return isinstance(thing, _OPEN) or not _is_library(type(thing))
+    return isinstance(thing, _OPEN) or not is_library(type(thing))
 
 
 def _is_file(thing: Any) -> bool:
     return isinstance(thing, IOBase)
 
 
-def _slots(thing: Any) -> dict[str, Any]:
-    """The attributes of an object that lie in slots of its classes."""
-    found = {}
-    for cls in [cls for cls in type(thing).__mro__ if "__slots__" in vars(cls)]:
-        for name, member in vars(cls).items():
-            if isinstance(member, MemberDescriptorType) and not _is_library(cls):
-                with suppress(AttributeError):  # it is not assigned
-                    found[name] = member.__get__(thing)
-    return found
-
-
 def _is_own(file: ModuleType) -> bool:
     """Whether a file is the user's own, and no installed library's."""
     place = getattr(file, "__file__", None) or "site-packages"
-    library = file.__name__.partition(".")[0] in _LIBRARIES
+    library = file.__name__.partition(".")[0] in LIBRARIES
     return not library and "site-packages" not in place and "dist-packages" not in place
-
-
-def _is_library(thing: type | FunctionType) -> bool:
-    return (thing.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from ..errors import NonDiffError
+from ._holders import STORE, Place
 from ._outside import OutsideCall, RecordOutside
-from ._places import STORE, Place, Surroundings, swapped
+from ._places import Surroundings, swapped
 from ._reading import NotRead
 
 _FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)

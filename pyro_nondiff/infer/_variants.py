@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..errors import NonDiffWarning
 from ._agreement import agree, run_beside
 from ._backends import Backend, Run, runner
+from ._holders import STORE
 from ._outside import NoteOutside
-from ._places import SIMPLE, STORE, Surroundings
+from ._places import SIMPLE, Surroundings
 from ._recording import CannotRecordError, Met, Recording, has_hooks, record
 
 _log = logging.getLogger(__name__)
