@@ -47,7 +47,7 @@ class FusedOptimizer:
                 "carry over. Use pyro.infer.SVI with it."
             )
         self.optim = optim
-        self._joined: dict[tuple[int, ...], list[_Joined]] = {}
+        self._joined: dict[tuple[tuple[int, bool], ...], list[_Joined]] = {}
         self._moved: set[Tensor] = set()
 
     def step(self, parameters: Sequence[Tensor]) -> None:
@@ -76,7 +76,7 @@ class FusedOptimizer:
             parameter.grad = None
 
     def _groups(self, moving: list[Tensor]) -> "list[_Joined]":
-        key = tuple(map(id, moving))
+        key = tuple((id(p), p.is_contiguous()) for p in moving)
         groups = self._joined.get(key)
         if groups is None or not all(group.fits() for group in groups):
             groups = self._joined[key] = _grouped(moving, [self._single(p) for p in moving])
@@ -185,7 +185,10 @@ def _quickest(
 ) -> dict[str, Any]:
     if any(options.get(key) for key in _SPEED):
         return {}  # the user chose
-    usual = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    usual = all(
+        p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda")
+        for p in parameters
+    )  # torch's fused forms take memory as it lies
     if kind in _FUSED and usual and not isinstance(options.get("lr"), Tensor):
         return {"fused": True, "foreach": False}
     on_gpu = parameters[0].device.type == "cuda"

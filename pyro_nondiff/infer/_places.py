@@ -5,129 +5,59 @@ again before each call, so that a change is seen, in place or by assignment. All
 a step that was recorded when it was different is stale.
 """
 
-import sys
+import random
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from io import IOBase
+from types import (
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
+from typing import Any
 
+import numpy as np
 import pyro
+import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, device, dtype, nn
 from torch.distributions import Distribution
 
+from ..estimators import AbstractEstimator
+from ..estimators.baselines import AbstractBaseline
+from ._holders import (
+    LIBRARIES,
+    LONGEST,
+    STORE,
+    Attributes,
+    Cell,
+    Items,
+    Place,
+    Size,
+    is_library,
+    slots_of,
+)
+
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), dtype, device)
 
 _MODULE = vars(nn.Module())
-_LIBRARIES = {"torch", "pyro", "numpy", "pyro_nondiff", *sys.stdlib_module_names} - {"__main__"}
-_OPEN = (Distribution, Messenger, ELBO, partial, Namespace, SimpleNamespace)
-_LONGEST = 64  # of the lists and dictionaries that are looked into
-_MOST = 4096  # things that are watched
-
-
-class Place(NamedTuple):
-    """A place: a mapping, one of its keys, and what to call it in a message."""
-
-    holder: Mapping[Any, Any]
-    key: Any
-    label: str
-
-    @property
-    def value(self) -> Any:
-        """What is there now, or None."""
-        return self.holder.get(self.key)
-
-
-class _Cell(MutableMapping[str, Any]):
-    """The variable of a closure as a mapping with one key."""
-
-    def __init__(self, name: str, cell: CellType) -> None:
-        self.name, self.cell = name, cell
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:  # it is not assigned
-            raise KeyError(name) from None
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.cell.cell_contents = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.cell.cell_contents
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.name
-
-    def __len__(self) -> int:
-        return 1
-
-
-class _List(MutableMapping[int, Any]):
-    """A list as a mapping from its places."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items_ = items
-
-    def __getitem__(self, place: int) -> Any:
-        try:
-            return self.items_[place]
-        except IndexError:
-            raise KeyError(place) from None
-
-    def __setitem__(self, place: int, value: Any) -> None:
-        self.items_[place] = value
-
-    def __delitem__(self, place: int) -> None:
-        del self.items_[place]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.items_)))
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-
-class _Size(Mapping[str, Any]):
-    """How many things a container holds, as a mapping with one key."""
-
-    def __init__(self, container: Any) -> None:
-        self.container = container
-
-    def __getitem__(self, key: str) -> int:
-        return len(self.container)
-
-    def __iter__(self) -> Iterator[str]:
-        yield "size"
-
-    def __len__(self) -> int:
-        return 1
-
-
-class _Store(MutableMapping[str, Any]):
-    """The unconstrained values of Pyro's param store, which makes a new table when cleared."""
-
-    def __getitem__(self, name: str) -> Any:
-        return pyro.get_param_store()._params[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        pyro.get_param_store()._params[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del pyro.get_param_store()._params[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(pyro.get_param_store()._params)
-
-    def __len__(self) -> int:
-        return len(pyro.get_param_store()._params)
-
-
-STORE = _Store()
+_OPEN = (
+    Distribution,
+    Messenger,
+    ELBO,
+    partial,
+    Namespace,
+    SimpleNamespace,
+    AbstractEstimator,
+    AbstractBaseline,
+)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_MOST = 20_000  # things that are watched
 
 
 class Surroundings:
@@ -153,19 +83,37 @@ class Surroundings:
         self.places: list[Place] = []
         self.watched: list[Place] = []
         self.modules: list[nn.Module] = []
-        self._holders: list[MutableMapping[Any, Any]] = []
+        self._holders: list[tuple[MutableMapping[Any, Any], list[Any] | None]] = []
         self._met: dict[int, Any] = {}
         self._waiting: deque[tuple[Any, str]] = deque()
+        own = {id(getattr(program, "__self__", program)) for program in programs}
         for fn in outside:
             parts = (fn, getattr(fn, "__self__", fn), getattr(fn, "__code__", fn))
-            self._met.update({id(part): part for part in parts})
+            self._met.update({id(part): part for part in parts if id(part) not in own})
         self._keep(STORE, "parameter {}")
         store = pyro.get_param_store()
-        self._holders += [store._param_to_name, store._constraints]
-        for thing in (*modules, *programs):
+        self._holders += [(store._param_to_name, None), (store._constraints, None)]
+        for thing in (*programs, *modules):
             self._waiting.append((thing, getattr(thing, "__name__", type(thing).__name__)))
         while self._waiting:
             self._visit(*self._waiting.popleft())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was found is watched."""
+        return len(self.watched) <= _MOST
+
+    @property
+    def generators(self) -> list[Any]:
+        """The generators of random numbers that the program holds."""
+        found = [value for value in self.values() if isinstance(value, _GENERATORS)]
+        return list({id(each): each for each in found}.values())
+
+    @property
+    def iterators(self) -> list[Place]:
+        """Where the program holds an iterator that is not the user's own."""
+        kinds = [(place, place.value) for place in self.watched]
+        return [p for p, v in kinds if isinstance(v, Iterator) and not (_is_open(v) or _is_file(v))]
 
     def again(self) -> "Surroundings":
         """What can be reached now: things may have been replaced by others like them."""
@@ -206,17 +154,23 @@ class Surroundings:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Puts everything back at the end of the block: it may hold what was recorded."""
-        saved = [dict(holder) for holder in self._holders]
+        saved = [_present(*each) for each in self._holders]
         try:
             yield
         finally:
-            for holder, values in zip(self._holders, saved, strict=True):
-                for key in [key for key in reversed(list(holder)) if key not in values]:
+            for (holder, names), before in zip(self._holders, saved, strict=True):
+                now = _present(holder, names)
+                for key in reversed([key for key in now if key not in before]):
                     del holder[key]
-                holder.update(values)
+                for key, value in before.items():
+                    if key not in now or now[key] is not value:
+                        holder[key] = value
 
     def _visit(self, thing: Any, label: str) -> None:
-        if id(thing) in self._met or len(self.watched) > _MOST:
+        if id(thing) in self._met or not self.is_whole:
+            return
+        if isinstance(thing, type):
+            self._class(thing)
             return
         self._met[id(thing)] = thing  # kept alive: its identity is watched
         if isinstance(thing, nn.Module):
@@ -232,60 +186,83 @@ class Surroundings:
             self._waiting.append((thing.__func__, label))
         elif isinstance(thing, property):
             self._waiting.append((thing.fget, label))
-        elif isinstance(thing, list | tuple | dict | set | frozenset):
+        elif isinstance(thing, list | tuple | dict | set | frozenset | deque):
             self._container(thing, label)
+            if _is_open(thing):
+                self._object(thing, label)
         elif _is_open(thing):
             self._object(thing, label)
 
     def _module(self, module: nn.Module, label: str) -> None:
         self.modules.append(module)
-        for holder in (module._parameters, module._buffers, module._modules):
+        parts = module._parameters, module._buffers, module._modules
+        hooks = module._forward_pre_hooks, module._forward_hooks
+        for holder in (*parts, *hooks):
             self._keep(holder, label + ".{}")
         own = [name for name in vars(module) if name == "training" or name not in _MODULE]
         self._keep(vars(module), label + ".{}", own)
-        self._size(vars(module), label)
+        self._size(label, vars(module), *parts, *hooks)
         self._class(type(module))
 
     def _object(self, thing: Any, label: str) -> None:
-        self._keep(vars(thing), label + ".{}")
-        self._size(vars(thing), label)
+        attributes = getattr(thing, "__dict__", {})
+        self._keep(attributes, label + ".{}")
+        self._size(label, attributes)
+        if slots := slots_of(thing):
+            self._keep(Attributes(thing, slots), label + ".{}", list(slots))
         if isinstance(thing, partial):
-            things = (thing.func, *thing.args, *thing.keywords.values())
-            self._waiting += ((each, label) for each in things)
+            given: dict[Any, Any] = {"func": thing.func, **dict(enumerate(thing.args))}
+            self._keep(given, label + "[{}]", restore=False)
+            self._keep(thing.keywords, label + "[{}]")
         self._class(type(thing))
 
     def _class(self, cls: type) -> None:
         """The functions and attributes of a class and its bases that are the user's own."""
         for each in cls.__mro__:
-            if not _is_library(each) and id(each) not in self._met:
+            if not is_library(each) and id(each) not in self._met:
                 self._met[id(each)] = each
-                names = [name for name in vars(each) if not name.startswith("__")]
-                names += [name for name in ("__call__",) if name in vars(each)]
-                self._keep(vars(each), each.__name__ + ".{}", names, restore=False)
+                names = [
+                    name
+                    for name, value in vars(each).items()
+                    if not name.startswith("__") or isinstance(value, FunctionType)
+                ]
+                self._keep(Attributes(each, names), each.__name__ + ".{}", names)
 
     def _container(self, thing: Any, label: str) -> None:
-        self._size(thing, label)
-        if len(thing) > _LONGEST or isinstance(thing, set | frozenset):
+        self._size(label, thing)
+        if isinstance(thing, set | frozenset):
             return
-        if isinstance(thing, tuple):
+        if len(thing) > LONGEST:
+            if not isinstance(thing, tuple):
+                self._holders.append((thing if isinstance(thing, dict) else Items(thing), None))
+        elif isinstance(thing, tuple):
             self._keep(dict(enumerate(thing)), label + "[{}]", restore=False)
         else:
-            self._keep(_List(thing) if isinstance(thing, list) else thing, label + "[{}]")
+            self._keep(thing if isinstance(thing, dict) else Items(thing), label + "[{}]")
 
-    def _size(self, container: Any, label: str) -> None:
-        self.watched.append(Place(_Size(container), "size", f"the size of {label}"))
+    def _size(self, label: str, *containers: Any) -> None:
+        self.watched.append(Place(Size(*containers), "size", f"the size of {label}"))
 
     def _function(self, function: FunctionType) -> None:
         names, label = function.__code__.co_freevars, function.__name__
         for name, cell in zip(names, function.__closure__ or (), strict=True):
-            self._keep(_Cell(name, cell), label + ":{}", [name])
-        if not _is_library(function):
-            home = function.__globals__
-            named = [name for name in self._names(function.__code__) if name in home]
-            self._keep(home, label + ":{}", named, restore=False)
+            self._keep(Cell(name, cell), label + ":{}", [name])
+        if not is_library(function):
+            self._home(function.__globals__, self._names(function.__code__), label + ":{}")
+        if vars(function):
+            self._keep(vars(function), label + ".{}")
         if function.__defaults__ or function.__kwdefaults__:
             self._waiting.append((function.__defaults__, f"default of {label}"))
             self._waiting.append((function.__kwdefaults__, f"default of {label}"))
+
+    def _home(self, home: dict[str, Any], names: list[str], label: str) -> None:
+        """The variables of a file that are named, and those of the user's files among them."""
+        named = [name for name in dict.fromkeys(names) if name in home]
+        self._keep(home, label, named)
+        for name in named:
+            if isinstance(file := home[name], ModuleType) and _is_own(file):
+                others = [other for other in names if other != name]
+                self._home(vars(file), others, f"{name}.{{}}")
 
     def _names(self, code: Any) -> list[str]:
         """The globals that a function's code may name, and those of the functions inside it."""
@@ -309,7 +286,7 @@ class Surroundings:
             restore: Whether a recording may leave things in it that it made.
         """
         if restore and isinstance(holder, MutableMapping):
-            self._holders.append(holder)
+            self._holders.append((holder, None if names is None else list(names)))
         for name in list(holder if names is None else names):
             value, called = holder.get(name), label.format(name)
             if isinstance(value, Tensor) and isinstance(holder, MutableMapping):
@@ -318,6 +295,11 @@ class Surroundings:
             self.watched.append(Place(holder, name, called))
             if not isinstance(value, (*SIMPLE, ModuleType)):
                 self._waiting.append((value, called))
+
+
+def _present(holder: Mapping[Any, Any], names: list[Any] | None) -> dict[Any, Any]:
+    """What a mapping holds of some names, or all that it holds."""
+    return {key: holder[key] for key in (holder if names is None else names) if key in holder}
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -337,13 +319,20 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _is_open(thing: Any) -> bool:
     """Whether the attributes of an object are looked into."""
-    if isinstance(thing, type) or not hasattr(thing, "__dict__"):
+    if isinstance(thing, type):
         return False
-    return isinstance(thing, _OPEN) or not _is_library(type(thing))
+    return isinstance(thing, _OPEN) or not is_library(type(thing))
 
 
-def _is_library(thing: type | FunctionType) -> bool:
-    return (thing.__module__ or "").partition(".")[0] in _LIBRARIES
+def _is_file(thing: Any) -> bool:
+    return isinstance(thing, IOBase)
+
+
+def _is_own(file: ModuleType) -> bool:
+    """Whether a file is the user's own, and no installed library's."""
+    place = getattr(file, "__file__", None) or "site-packages"
+    library = file.__name__.partition(".")[0] in LIBRARIES
+    return not library and "site-packages" not in place and "dist-packages" not in place
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Records a step as one graph of operations on the tensors that it finds."""
 
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -15,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from ..errors import NonDiffError
+from ._holders import STORE, Place
 from ._outside import OutsideCall, RecordOutside
-from ._places import STORE, Place, Surroundings, swapped
+from ._places import Surroundings, swapped
 from ._reading import NotRead
 
 _FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
@@ -67,12 +69,14 @@ class Met:
     Arguments:
         names: All of them.
         trained: Those that got a gradient.
-        answers: The kind of numbers that each ``external`` op answered.
+        kinds: The kind of numbers that each ``external`` op answered.
+        answers: All that they answered, in order.
     """
 
     names: list[str]
     trained: list[str]
-    answers: dict[str, torch.dtype]
+    kinds: dict[str, torch.dtype]
+    answers: list[Tensor]
 
 
 def record(
@@ -95,15 +99,32 @@ def record(
         CannotRecordError: If what was recorded would not do what the step does.
         Exception: Whatever stops the step when it finds no values in its tensors.
     """
+    if not around.is_whole:
+        raise CannotRecordError(
+            f"the program reaches more than {len(around.watched)} things, which are not all watched"
+        )
+    for place in around.iterators:
+        raise CannotRecordError(
+            f"{place.label} is an iterator, which a recording would not move on. Give what it "
+            "yields as an argument of the step"
+        )
+    for place in around.places:
+        if has_hooks(place.value):
+            raise CannotRecordError(
+                f"{place.label} has a hook on its gradient, which a recording would not call. "
+                "Clip gradients by the optimiser's clip_args, or mask them in the program"
+            )
     tensors = {id(place.value): place.value for place in around.places}
     inputs = [*tensors.values(), *leaves]
     assigned: list[int] = []
     trained: list[str] = []
-    outside = RecordOutside(met.answers)
+    outside = RecordOutside(met.kinds)
 
     def run(given: list[Tensor]) -> list[Tensor]:
         for old, new in zip(inputs, given, strict=True):
             new.requires_grad_(old.requires_grad)
+            if isinstance(old, nn.Parameter):
+                cast(Any, new)._is_param = True  # Pyro's modules look for parameters
         fakes = dict(zip(tensors, given, strict=False))
         rest = iter(given[len(tensors) :])
         args = tree_map_only(Tensor, lambda _: next(rest), arguments)
@@ -124,7 +145,7 @@ def record(
         return [loss, *gradients, *moved]
 
     example = [tensor.detach() for tensor in inputs]
-    with _unchanged_generators(), pyro.validation_enabled(False), torch.enable_grad():
+    with _unchanged_generators(around.generators), pyro.validation_enabled(False):
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(example)
     _refresh_recurrent(around.modules)
     graph.graph.set_codegen(fx.graph.CodeGen())
@@ -141,6 +162,11 @@ def record(
         assigned,
         outside.calls,
     )
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether something is called with the gradient of a tensor."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _loss(found: Any) -> Tensor:
@@ -167,7 +193,7 @@ def _trained(found: set[str], met: Met) -> list[str]:
             f"parameters {lost} get no gradient when the step is recorded: they are used by other "
             "ways than their places in modules or the param store"
         )
-    return trained
+    return list({id(STORE[name]): name for name in trained}.values())
 
 
 def _check_strays(around: Surroundings, before: Sequence[Any]) -> None:
@@ -189,18 +215,37 @@ def _refresh_recurrent(modules: Sequence[nn.Module]) -> None:
 
 
 @contextmanager
-def _unchanged_generators() -> Iterator[None]:
+def _unchanged_generators(generators: Sequence[Any]) -> Iterator[None]:
     """Refuses draws of other generators than torch's, which a graph would repeat."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    others = [each for each in generators if not isinstance(each, torch.Generator)]
+    others += [random, np.random]
+    states = [_get_state(each) for each in others]
     try:
         yield
     finally:
-        now = random.getstate(), np.random.get_state()  # noqa: NPY002
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-    same = all(np.array_equal(a, b) for a, b in zip(states[1], now[1], strict=True))
-    if states[0] != now[0] or not same:
+        now = [_get_state(each) for each in others]
+        for each, state in zip(others, states, strict=True):
+            _set_state(each, state)
+    if pickle.dumps(states) != pickle.dumps(now):
         raise CannotRecordError("the step draws from Python's or NumPy's generator")
+
+
+def _get_state(generator: Any) -> Any:
+    """The state of a generator of Python or NumPy."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif hasattr(generator, "setstate"):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _lift(graph: fx.GraphModule, inputs: Sequence[Tensor], trained: Sequence[str]) -> list[Tensor]:

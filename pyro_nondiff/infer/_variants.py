@@ -5,7 +5,7 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import NonDiffWarning
+from ._agreement import agree, run_beside
 from ._backends import Backend, Run, runner
+from ._holders import STORE
 from ._outside import NoteOutside
-from ._places import SIMPLE, STORE, Surroundings
-from ._recording import CannotRecordError, Met, Recording, record
+from ._places import SIMPLE, Surroundings
+from ._recording import CannotRecordError, Met, Recording, has_hooks, record
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("site-packages", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
@@ -62,14 +64,16 @@ class Call(NamedTuple):
 
 def call_of(arguments: Any) -> Call:
     """Looks at the arguments of a call."""
-    values: list[Any] = [torch.get_default_dtype(), torch.is_autocast_enabled()]
+    values: list[Any] = [torch.get_default_dtype(), torch.is_grad_enabled()]
+    for device in ("cpu", "cuda"):
+        values += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     leaves: list[Tensor] = []
     unknown: list[str] = []
 
     def look(x: Any) -> Any:
         if isinstance(x, Tensor):
             leaves.append(x)
-            return x.shape, x.dtype, x.device, x.requires_grad
+            return _kind(x)
         if type(x) in (dict, OrderedDict):
             return type(x), *((name, look(value)) for name, value in x.items())
         if type(x) in (tuple, list) or (isinstance(x, tuple) and hasattr(x, "_fields")):
@@ -94,6 +98,7 @@ class Variant:
         met: The parameters that its first call met.
         watched: What lay around it that is no tensor.
         last: The tensors that were in its places when they were last looked at.
+        kinds: What it takes for granted of each of them.
         attempts: How often it was tried to record it.
         recording: The recording.
         run: What runs the recording.
@@ -104,6 +109,7 @@ class Variant:
     met: Met
     watched: list[Any] = field(default_factory=list)
     last: list[Any] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
     attempts: int = 0
     recording: Recording | None = None
     run: Run | None = None
@@ -111,6 +117,7 @@ class Variant:
     def __post_init__(self) -> None:
         self.watched = self.around.values()
         self.last = [place.value for place in self.around.places]
+        self.kinds = list(map(_kind, self.last))
 
     def changed(self, call: Call) -> str | None:
         """What differs between the variant and a call with arguments of its shapes, in words."""
@@ -121,12 +128,14 @@ class Variant:
         if place is not None and (isinstance(place.value, SIMPLE) or not self._follow()):
             return place.label
         now = [place.value for place in self.around.places]
-        if all(map(is_, now, self.last)):
-            return None
         if not all(isinstance(tensor, Tensor) for tensor in now):
             return "a tensor that is there no more"
-        if _kinds(now) != _kinds(self.last):
+        if list(map(_kind, now)) != self.kinds:  # a tensor may be frozen where it is
             return "a tensor's shape or kind"
+        if all(map(is_, now, self.last)):
+            return None
+        if _aliases(now) != _aliases(self.last):
+            return "which of the tensors are the same"
         self.last = now
         return None
 
@@ -139,13 +148,23 @@ class Variant:
         return True
 
 
-def _kinds(tensors: list[Any]) -> list[Any]:
-    """What a recording takes for granted of tensors: their kinds, and which are the same."""
+def _kind(tensor: Tensor) -> Any:
+    """What a recording takes for granted of a tensor."""
+    dense = tensor.layout is torch.strided and not tensor.is_contiguous()
+    return (
+        tensor.shape,
+        tensor.stride() if dense else tensor.layout,
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+        has_hooks(tensor),
+    )
+
+
+def _aliases(tensors: list[Any]) -> list[int]:
+    """For each tensor, where it is met first."""
     first: dict[int, int] = {}
-    return [
-        (t.shape, t.dtype, t.device, t.requires_grad, first.setdefault(id(t), i))
-        for i, t in enumerate(tensors)
-    ]
+    return [first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
 
 
 class Routine:
@@ -181,20 +200,20 @@ class Routine:
             changed = variant.changed(call)
             if changed is None:
                 if variant.recording is None and variant.attempts < ATTEMPTS:
-                    self._record(variant, (args, kwargs), call)
+                    return self._record(variant, (args, kwargs), call)
                 if variant.recording is None:
                     return self._eager(args, kwargs)[0]
                 return _replay(variant, call)
         if self._too_many(variants, changed):
             return self._eager(args, kwargs)[0]
         outcome, met, around = self._eager(args, kwargs)
-        variants.insert(0, Variant(call.values, around(), met))
+        variants.insert(0, Variant(call.values, around(call.values), met))
         return outcome
 
     def _eager(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Outcome, Met, Callable[[], Surroundings]]:
-        """Does it as it is; also says what it met, and what lies around it."""
+    ) -> tuple[Outcome, Met, Callable[[Sequence[Any]], Surroundings]]:
+        """Does it as it is; also says what it met, and what lies around it and other things."""
         modules: dict[nn.Module, None] = {}
         handle = register_module_forward_pre_hook(lambda module, _: modules.setdefault(module))
         earlier = {tensor: tensor.grad for tensor in STORE.values()}
@@ -213,9 +232,9 @@ class Routine:
                 _add_gradient(tensor, gradient)
         loss = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         return (
-            Outcome(loss, list(met.values())),
-            Met(list(met), trained, outside.dtypes),
-            lambda: Surroundings(self.programs, modules, outside.functions),
+            Outcome(loss, list(dict.fromkeys(met.values()))),  # one may have two names
+            Met(list(met), trained, outside.dtypes, outside.answers),
+            lambda given: Surroundings([*self.programs, *given], modules, outside.functions),
         )
 
     def _refused(self, call: Call) -> bool:
@@ -253,7 +272,8 @@ class Routine:
             return False
         return True
 
-    def _record(self, variant: Variant, arguments: Any, call: Call) -> None:
+    def _record(self, variant: Variant, arguments: Any, call: Call) -> Outcome:
+        """Takes the step as it is, and records it if it can be."""
         start = time.perf_counter()
         variant.attempts += 1
         try:
@@ -271,18 +291,62 @@ class Routine:
                 variant.attempts = ATTEMPTS
             if variant.attempts == ATTEMPTS:
                 self._warn(f"{self.name} is not recorded, and runs eager: {_reason(error)}.")
-            return
-        self.num_recordings += 1
+            return self._eager(*arguments)[0]
         size = recording.num_operations
         seconds = time.perf_counter() - start
         _log.info("%s: recorded %d operations in %.1f s", self.name, size, seconds)
         example = recording.inputs(variant.around.places, call.leaves)
+        replay = runner(recording.graph, example, "replay", size)
+        agrees, outcome = self._compare(variant, recording, replay, arguments, call)
+        if not agrees:
+            variant.attempts = ATTEMPTS
+            self._warn(
+                f"{self.name} is not recorded, and runs eager: what was recorded did something "
+                "else than the step itself. The program may draw from a generator of its own, set "
+                "a seed, or change something that is no tensor."
+            )
+            return outcome
+        self.num_recordings += 1
         try:
             variant.run = runner(recording.graph, example, self.backend, size)
         except Exception as error:
             self._warn(f"inductor cannot compile {self.name}, so it is replayed: {_reason(error)}.")
             variant.run = runner(recording.graph, example, "replay", size)
         variant.recording = recording
+        return outcome
+
+    def _compare(
+        self, variant: Variant, recording: Recording, run: Run, arguments: Any, call: Call
+    ) -> tuple[bool, Outcome]:
+        """Takes the step as it is; also says whether a recording does the same."""
+        earlier = [STORE[name].grad for name in recording.trained]
+        inputs = recording.inputs(variant.around.places, call.leaves)
+        outcomes: list[Outcome] = []
+
+        def step() -> list[Tensor]:
+            outcome, met, _ = self._eager(*arguments)
+            outcomes.append(outcome)
+            return met.answers
+
+        generators = [g for g in variant.around.generators if isinstance(g, torch.Generator)]
+        try:
+            found, moved = run_beside(run, inputs, recording.calls, generators, step)
+        except Exception:
+            if not outcomes:
+                raise  # it is the program's own
+            return False, outcomes[0]
+        after = [STORE[name].grad for name in recording.trained]
+        pairs = zip(earlier, after, strict=True)
+        gradients = [b if a is None or b is None else b - a for a, b in pairs]
+        assigned = [variant.around.places[i].value for i in recording.assigned]
+        count = 1 + len(gradients)
+        agrees = (
+            agree(found[:1], [outcomes[0].loss])
+            and agree(found[1:count], gradients)
+            and agree(found[count:], assigned)
+            and agree(moved, inputs)
+        )
+        return agrees, outcomes[0]
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:
@@ -301,7 +365,8 @@ def _replay(variant: Variant, call: Call) -> Outcome:
     for i, tensor in zip(recording.assigned, rest[count:], strict=True):
         place = variant.around.places[i]
         cast(MutableMapping[Any, Any], place.holder)[place.key] = _to_keep(tensor)
-    return Outcome(_to_keep(loss), [STORE[name] for name in variant.met.names])
+    met = dict.fromkeys(STORE[name] for name in variant.met.names)
+    return Outcome(_to_keep(loss), list(met))
 
 
 def _to_keep(result: Tensor) -> Tensor:

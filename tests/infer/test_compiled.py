@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_nondiff.distributions import ExponentialAnnealing
-from pyro_nondiff.errors import NonDiffError
+from pyro_nondiff.errors import NonDiffError, NonDiffWarning
 from pyro_nondiff.estimators import (
     LAX,
     REBAR,
@@ -306,6 +306,28 @@ def test_what_an_external_op_calls_may_change() -> None:
         return shop(Market().price)()
 
     assert same(make).num_recordings == 1
+
+
+def test_whole_numbers_from_outside() -> None:
+    """Python has two kinds of them, and a function may return either."""
+
+    def make() -> Training:
+        whole: list[int] = []
+        made = shop(lambda item: int(item) if whole else float(item))()
+        made.between = lambda step, optim: whole.append(step) if step == 4 else None
+        return made
+
+    assert same(make).num_recordings == 1
+
+
+def test_a_function_that_holds_a_list_of_tensors_of_the_step() -> None:
+    def program() -> None:
+        item = pyro.sample("item", dist.Categorical(logits=pyro.param("logits", torch.zeros(3))))
+        held = [pyro.param("logits").detach() * 2]
+        cost("price", external("look up", lambda item: float(held[0][item]), item) + item)
+
+    with pytest.warns(NonDiffWarning, match="'look up' calls a function that holds a tensor"):
+        train(lambda: Training(program, no_guide, ExpectedCost(RLOO(4))), compiled("replay"))
 
 
 def test_an_error_outside_trains_nothing() -> None:
