@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_nondiff.estimators import AbstractEstimator
 from pyro_nondiff.infer import TraceEstimator_ELBO
-from pyro_nondiff.infer._backends import Backend
+from pyro_nondiff.infer.capture.backends import Backend
 from pyro_nondiff.infer.compiled import CompiledSVI
 
 SIZES = (12, 9, 8)

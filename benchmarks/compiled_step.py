@@ -42,7 +42,7 @@ from pyro_nondiff.estimators import (
     StraightThrough,
 )
 from pyro_nondiff.infer import TraceEstimator_ELBO
-from pyro_nondiff.infer._backends import Backend
+from pyro_nondiff.infer.capture.backends import Backend
 from pyro_nondiff.infer.compiled import CompiledSVI
 
 LEARNING_RATE = 1e-3

@@ -7,9 +7,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..errors import NonDiffError
-from ._backends import Backend
-from ._fused import FusedOptimizer
-from ._variants import Routine
+from .capture.backends import Backend
+from .capture.fused import FusedOptimizer
+from .capture.variants import Routine
 from .execute import Program
 
 __all__ = ["CompiledSVI"]

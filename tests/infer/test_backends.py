@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nondiff.estimators import REINFORCE, RLOO, MovingAverage
-from pyro_nondiff.infer import TraceEstimator_ELBO, _backends, _pieces, _variants
-from pyro_nondiff.infer._pieces import CannotCutError, cut, in_pieces, ordered
-from pyro_nondiff.infer._simplify import operations, simplify
+from pyro_nondiff.infer import TraceEstimator_ELBO
+from pyro_nondiff.infer.capture import backends, pieces, variants
+from pyro_nondiff.infer.capture.pieces import CannotCutError, cut, in_pieces, ordered
+from pyro_nondiff.infer.capture.simplify import operations, simplify
 from pyro_nondiff.infer.compiled import CompiledSVI
 
 ESTIMATORS = {"rloo": RLOO(2), "average": REINFORCE(baseline=MovingAverage())}
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarni
 
 @pytest.fixture(autouse=True)
 def _short_pieces(monkeypatch: pytest.MonkeyPatch, param_store: None) -> None:
-    monkeypatch.setattr(_pieces, "SIZE", 60)
+    monkeypatch.setattr(pieces, "SIZE", 60)
 
 
 def plain(module: fx.GraphModule, _example: list[Tensor]) -> Function:
@@ -55,10 +56,10 @@ def recorded(
 
     def keep(graph: fx.GraphModule, example: list[Tensor], backend: Any, size: int) -> Any:
         found.append((graph, [tensor.detach() for tensor in example]))
-        return _backends.runner(graph, example, backend, size)
+        return backends.runner(graph, example, backend, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_variants, "runner", keep)
+        patch.setattr(variants, "runner", keep)
         elbo = TraceEstimator_ELBO(ESTIMATORS[estimator])
         svi = CompiledSVI(model, guide, Adam({"lr": 1e-3}), elbo, backend="replay")
         svi.step()
@@ -102,12 +103,12 @@ def test_chain_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch, estimator: st
     graph, example = recorded(monkeypatch, estimator, 12)
     expected = outcome(graph.forward, example)
     compiled = []
-    inductor = _backends._inductor
-    monkeypatch.setattr(_backends, "WHOLE", 100)
+    inductor = backends._inductor
+    monkeypatch.setattr(backends, "WHOLE", 100)
     monkeypatch.setattr(
-        _backends, "_inductor", lambda *args: compiled.append(args) or inductor(*args)
+        backends, "_inductor", lambda *args: compiled.append(args) or inductor(*args)
     )
-    run = _backends.runner(graph, example, "inductor", len(operations(graph)))
+    run = backends.runner(graph, example, "inductor", len(operations(graph)))
     assert len(compiled) > 1
     assert_same(outcome(lambda *given: run(list(given)), example), expected)
 
@@ -148,7 +149,7 @@ def test_pieces_that_differ_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> N
     expected = outcome(graph.forward, example)
     whole, _ = in_pieces(graph, plain)
     assert_same(outcome(whole.forward, example), expected)
-    monkeypatch.setattr(_pieces.Piece, "key", lambda self: str(len(self.nodes)))
+    monkeypatch.setattr(pieces.Piece, "key", lambda self: str(len(self.nodes)))
     whole, _ = in_pieces(graph, plain)
     with pytest.raises(AssertionError):
         assert_same(outcome(whole.forward, example), expected)
@@ -222,7 +223,7 @@ def test_other_strides_than_those_compiled_for() -> None:
         return [(x * torch.arange(6.0).reshape(2, 3)).sum(1)]
 
     x = torch.rand(2, 3)
-    run = _backends.runner(graph_of(weigh, x), [x], "inductor", 4)
+    run = backends.runner(graph_of(weigh, x), [x], "inductor", 4)
     turned = torch.rand(3, 2).T
     assert_same(list(run([x])), weigh(x))
     assert_same(list(run([turned])), weigh(turned))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_nondiff.estimators import REINFORCE, RELAX, MovingAverage
-from pyro_nondiff.infer import _fused, _outside, _places, _recording, _variants
+from pyro_nondiff.infer.capture import fused, outside, places, recording, variants
 from tests.infer import test_compiled, test_compiled_changes, test_fused
 
 pytestmark = pytest.mark.usefixtures("param_store")
@@ -19,7 +19,7 @@ Patch = pytest.MonkeyPatch
 
 def draws_are_constants(patch: Patch) -> None:
     """The noise of the recording is used again at each step."""
-    old = _recording._lift
+    old = recording._lift
 
     def lift(graph: fx.GraphModule, *args: Any) -> list[Tensor]:
         for node in list(graph.graph.nodes):
@@ -31,127 +31,127 @@ def draws_are_constants(patch: Patch) -> None:
                 node.replace_all_uses_with(half)
         return old(graph, *args)
 
-    patch.setattr(_recording, "_lift", lift)
+    patch.setattr(recording, "_lift", lift)
 
 
 def another_loss(patch: Patch) -> None:
-    patch.setattr(_recording, "_loss", lambda found: found.detach() * 1.001)
+    patch.setattr(recording, "_loss", lambda found: found.detach() * 1.001)
 
 
 def a_gradient_is_lost(patch: Patch) -> None:
-    old = _recording._trained
-    patch.setattr(_recording, "_trained", lambda found, met: old(found, met)[1:])
+    old = recording._trained
+    patch.setattr(recording, "_trained", lambda found, met: old(found, met)[1:])
 
 
 def gradients_are_swapped(patch: Patch) -> None:
-    old = _variants.record
+    old = variants.record
 
     def record(*args: Any) -> Any:
         found = old(*args)
         found.trained.reverse()
         return found
 
-    patch.setattr(_variants, "record", record)
+    patch.setattr(variants, "record", record)
 
 
 def numbers_are_not_watched(patch: Patch) -> None:
-    patch.setattr(_places.Surroundings, "changed", lambda self, values, alike=False: None)
+    patch.setattr(places.Surroundings, "changed", lambda self, values, alike=False: None)
 
 
 def only_functions_are_looked_into(patch: Patch) -> None:
-    patch.setattr(_places.Surroundings, "_object", lambda self, thing, label: None)
+    patch.setattr(places.Surroundings, "_object", lambda self, thing, label: None)
 
 
 def containers_are_not_looked_into(patch: Patch) -> None:
-    patch.setattr(_places.Surroundings, "_container", lambda self, thing, label: None)
+    patch.setattr(places.Surroundings, "_container", lambda self, thing, label: None)
 
 
 def classes_are_not_looked_into(patch: Patch) -> None:
-    patch.setattr(_places.Surroundings, "_class", lambda self, cls: None)
+    patch.setattr(places.Surroundings, "_class", lambda self, cls: None)
 
 
 def another_code_is_no_change(patch: Patch) -> None:
-    patch.setattr(_places, "_alike", lambda a, b: type(a) is type(b))
+    patch.setattr(places, "_alike", lambda a, b: type(a) is type(b))
 
 
 def assignments_are_dropped(patch: Patch) -> None:
-    old = _variants._replay
+    old = variants._replay
 
     def replay(variant: Any, call: Any) -> Any:
-        places = [variant.around.places[i] for i in variant.recording.assigned]
-        with _places.swapped(places, lambda old: old):
+        kept = [variant.around.places[i] for i in variant.recording.assigned]
+        with places.swapped(kept, lambda old: old):
             return old(variant, call)
 
-    patch.setattr(_variants, "_replay", replay)
+    patch.setattr(variants, "_replay", replay)
 
 
 def places_are_those_of_the_recording(patch: Patch) -> None:
     """What has taken the place of a tensor is not seen."""
-    old = _recording.Recording.inputs
+    old = recording.Recording.inputs
     kept: dict[int, list[Tensor]] = {}
 
     def inputs(self: Any, places: Any, leaves: Any) -> list[Tensor]:
         return kept.setdefault(id(self), old(self, places, leaves))
 
-    patch.setattr(_recording.Recording, "inputs", inputs)
+    patch.setattr(recording.Recording, "inputs", inputs)
 
 
 def outside_is_called_once(patch: Patch) -> None:
-    old, answers = _outside.OutsideCall.__call__, {}
+    old, answers = outside.OutsideCall.__call__, {}
 
     def call(self: Any, tensors: Any) -> Tensor:
         if id(self) not in answers:
             answers[id(self)] = self, old(self, tensors)
         return answers[id(self)][1].clone()
 
-    patch.setattr(_outside.OutsideCall, "__call__", call)
+    patch.setattr(outside.OutsideCall, "__call__", call)
 
 
 def an_unused_answer_is_not_asked_for(patch: Patch) -> None:
-    old = _recording._lift
+    old = recording._lift
 
     def lift(graph: fx.GraphModule, *args: Any) -> list[Tensor]:
         graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         return old(graph, *args)
 
-    patch.setattr(_recording, "_lift", lift)
+    patch.setattr(recording, "_lift", lift)
 
 
 def shapes_do_not_count(patch: Patch) -> None:
-    old = _variants.call_of
-    patch.setattr(_variants, "call_of", lambda arguments: old(arguments)._replace(shapes=None))
+    old = variants.call_of
+    patch.setattr(variants, "call_of", lambda arguments: old(arguments)._replace(shapes=None))
 
 
 def options_are_read_once(patch: Patch) -> None:
-    patch.setattr(_fused._Joined, "fits", lambda self: True)
+    patch.setattr(fused._Joined, "fits", lambda self: True)
 
 
 def all_options_are_those_of_the_first(patch: Patch) -> None:
-    patch.setattr(_fused, "_grouped", lambda ps, singles: [_fused._Joined(ps, singles)])
+    patch.setattr(fused, "_grouped", lambda ps, singles: [fused._Joined(ps, singles)])
 
 
 def nothing_is_clipped(patch: Patch) -> None:
-    old = _fused.FusedOptimizer._meet
+    old = fused.FusedOptimizer._meet
 
     def meet(self: Any, parameter: Tensor) -> None:
         old(self, parameter)
         self.optim.grad_clip[parameter] = None
 
-    patch.setattr(_fused.FusedOptimizer, "_meet", meet)
+    patch.setattr(fused.FusedOptimizer, "_meet", meet)
 
 
 def momentum_stops(patch: Patch) -> None:
-    old = _fused.FusedOptimizer.step
+    old = fused.FusedOptimizer.step
 
     def step(self: Any, parameters: Any) -> None:
         self._moved.clear()
         old(self, parameters)
 
-    patch.setattr(_fused.FusedOptimizer, "step", step)
+    patch.setattr(fused.FusedOptimizer, "step", step)
 
 
 def the_rate_does_not_decay(patch: Patch) -> None:
-    old = _fused._Joined.step
+    old = fused._Joined.step
 
     def step(self: Any) -> None:
         before = [dict(options) for options in self.options]
@@ -160,7 +160,7 @@ def the_rate_does_not_decay(patch: Patch) -> None:
             options.update(values)
         self.optimizer.param_groups[0].update({k: before[0][k] for k in self.keys})
 
-    patch.setattr(_fused._Joined, "step", step)
+    patch.setattr(fused._Joined, "step", step)
 
 
 def _changes(place: Callable[[], Any]) -> Callable[[], None]:

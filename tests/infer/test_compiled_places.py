@@ -217,7 +217,7 @@ def test_many_modules_do_not_hide_the_program() -> None:
 
 
 def test_more_than_can_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_nondiff.infer._places._MOST", 20)
+    monkeypatch.setattr("pyro_nondiff.infer.capture.places._MOST", 20)
     runs_eager(lambda: training(model_of(lambda: 1.0)), "reaches more than .* things")
 
 

@@ -9,12 +9,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ._pieces import CannotCutError, in_pieces
-from ._simplify import calls_outside, operations, simplify
+from .pieces import CannotCutError, in_pieces
+from .simplify import calls_outside, operations, simplify
 
 Backend = Literal["inductor", "replay", "eager"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -88,6 +85,11 @@ def _copy(graph: fx.GraphModule) -> fx.GraphModule:
 def _inductor(
     options: dict[str, Any], graph: fx.GraphModule, example: Sequence[Tensor]
 ) -> Callable[..., Any]:
+    # importing torch's compiler changes warning filters
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     fake = FakeTensorMode(shape_env=ShapeEnv())  # without, torch does not keep it on disk
     with torch.no_grad(), tracing(TracingContext(fake)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which torch imports

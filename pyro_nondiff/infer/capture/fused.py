@@ -17,7 +17,7 @@ from pyro.optim.optim import _load_state_dict, is_scheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import NonDiffError
+from ...errors import NonDiffError
 
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _SPEED = ("foreach", "fused", "capturable", "differentiable")

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from ..errors import NonDiffError
-from ._holders import STORE, Place
-from ._outside import OutsideCall, RecordOutside
-from ._places import Surroundings, swapped
-from ._reading import NotRead
+from ...errors import NonDiffError
+from .holders import STORE, Place
+from .outside import OutsideCall, RecordOutside
+from .places import Surroundings, swapped
+from .reading import NotRead
 
 _FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 

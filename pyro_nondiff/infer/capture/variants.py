@@ -18,13 +18,13 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..errors import NonDiffWarning
-from ._agreement import agree, run_beside
-from ._backends import Backend, Run, runner
-from ._holders import STORE
-from ._outside import NoteOutside
-from ._places import SIMPLE, Surroundings
-from ._recording import CannotRecordError, Met, Recording, has_hooks, record
+from ...errors import NonDiffWarning
+from .agreement import agree, run_beside
+from .backends import Backend, Run, runner
+from .holders import STORE
+from .outside import NoteOutside
+from .places import SIMPLE, Surroundings
+from .recording import CannotRecordError, Met, Recording, has_hooks, record
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("site-packages", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))

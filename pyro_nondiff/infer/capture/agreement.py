@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import Run
-from ._outside import OutsideCall
+from .backends import Run
+from .outside import OutsideCall
 
 _RELATIVE = 1e-3  # the same operations are done, in nearly the same order
 _ABSOLUTE = 1e-5  # of the norm of all results

@@ -141,6 +141,7 @@ STORE = Store()
 
 
 def is_library(thing: type | FunctionType) -> bool:
+    """Whether a class or a function is one of a library that the step stands on."""
     return (thing.__module__ or "").partition(".")[0] in LIBRARIES
 
 

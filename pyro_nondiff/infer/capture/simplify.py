@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ._outside import NAMESPACE
+from .outside import NAMESPACE
 
 SMALL = 4096
 """Draws of more numbers than these are left alone: the call costs little beside the numbers."""

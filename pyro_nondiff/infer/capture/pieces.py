@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ._simplify import (
+from .simplify import (
     changes,
     draws,
     kind,

@@ -28,9 +28,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, device, dtype, nn
 from torch.distributions import Distribution
 
-from ..estimators import AbstractEstimator
-from ..estimators.baselines import AbstractBaseline
-from ._holders import (
+from ...estimators import AbstractEstimator
+from ...estimators.baselines import AbstractBaseline
+from .holders import (
     LIBRARIES,
     LONGEST,
     STORE,

@@ -19,8 +19,8 @@ from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import NonDiffError
-from ..ops._outside import call_outside
+from ...errors import NonDiffError
+from ...ops._outside import call_outside
 
 _calls: WeakValueDictionary[int, "OutsideCall"] = WeakValueDictionary()
 _numbers = count()
