@@ -90,8 +90,8 @@ def places_are_those_of_the_recording(patch: Patch) -> None:
     old = recording.Recording.inputs
     kept: dict[int, list[Tensor]] = {}
 
-    def inputs(self: Any, places: Any, leaves: Any) -> list[Tensor]:
-        return kept.setdefault(id(self), old(self, places, leaves))
+    def inputs(self: Any, tensors: Any, leaves: Any) -> list[Tensor]:
+        return kept.setdefault(id(self), old(self, tensors, leaves))
 
     patch.setattr(recording.Recording, "inputs", inputs)
 

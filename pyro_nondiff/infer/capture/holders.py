@@ -111,6 +111,9 @@ class Size(Mapping[str, Any]):
             return hash(frozenset(first))
         return sum(map(len, self.containers))
 
+    def get(self, key: str, default: Any = None) -> int:
+        return self[key]
+
     def __iter__(self) -> Iterator[str]:
         yield "size"
 
@@ -123,6 +126,9 @@ class Store(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         return pyro.get_param_store()._params[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return pyro.get_param_store()._params.get(name, default)
 
     def __setitem__(self, name: str, value: Any) -> None:
         pyro.get_param_store()._params[name] = value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from functools import partial
 from io import IOBase
+from operator import is_
 from types import (
     FunctionType,
     MethodType,
@@ -97,6 +98,9 @@ class Surroundings:
             self._waiting.append((thing, getattr(thing, "__name__", type(thing).__name__)))
         while self._waiting:
             self._visit(*self._waiting.popleft())
+        # what is asked at each step
+        self._read_watched = [(place.holder.get, place.key) for place in self.watched]
+        self._read_places = [(place.holder.get, place.key) for place in self.places]
 
     @property
     def is_whole(self) -> bool:
@@ -133,7 +137,11 @@ class Surroundings:
 
     def values(self) -> list[Any]:
         """All that is watched, as it is now."""
-        return [place.value for place in self.watched]
+        return [get(key) for get, key in self._read_watched]
+
+    def tensors(self) -> list[Any]:
+        """What is in the places now: tensors, if nobody has put other things there."""
+        return [get(key) for get, key in self._read_places]
 
     def changed(self, values: list[Any], alike: bool = False) -> Place | None:
         """Where something is not what it was, or None.
@@ -142,9 +150,11 @@ class Surroundings:
             values: What was there.
             alike: Whether another thing of the same kind is no change.
         """
-        for place, before in zip(self.watched, values, strict=True):
-            now = place.holder.get(place.key)
-            if now is before:  # most are, and this is asked at each step
+        found = self.values()
+        if all(map(is_, found, values)):  # nearly always
+            return None
+        for place, now, before in zip(self.watched, found, values, strict=True):
+            if now is before:
                 continue
             same_number = isinstance(now, SIMPLE) and _alike(now, before)
             if not (same_number or (alike and _alike(now, before))):

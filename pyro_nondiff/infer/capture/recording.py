@@ -56,10 +56,10 @@ class Recording:
         """How many operations were recorded."""
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
-    def inputs(self, places: Sequence[Place], leaves: Sequence[Tensor]) -> list[Tensor]:
-        """What the graph takes now, from the places and from the tensors among the arguments."""
-        tensors = [places[i].value for i in self.places]
-        return [*tensors, *(leaves[i] for i in self.leaves), *self.others]
+    def inputs(self, tensors: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph takes, of what is in the places and of the arguments' tensors."""
+        placed = [tensors[i] for i in self.places]
+        return [*placed, *(leaves[i] for i in self.leaves), *self.others]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def record(
         args = tree_map_only(Tensor, lambda _: next(rest), arguments)
         with around.restored(), swapped(around.places, lambda old: fakes[id(old)]):
             _refresh_recurrent(around.modules)
-            before = [place.value for place in around.places]
+            before = around.tensors()
             numbers = around.values()
             with outside, NotRead(), poutine.trace(param_only=True) as capture:
                 loss = _loss(step(args))
@@ -138,7 +138,7 @@ def record(
                 raise CannotRecordError(f"the step changes {changed.label}, which is no tensor")
             trained.extend(_trained(set(capture.trace.nodes), met))
             _check_strays(around, before)
-            after = [place.value for place in around.places]
+            after = around.tensors()
             assigned.extend(i for i, old in enumerate(before) if after[i] is not old)
             moved = [_assigned(around.places[i], after[i]) for i in assigned]
             gradients = [STORE[name].grad for name in trained]

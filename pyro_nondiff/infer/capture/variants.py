@@ -98,7 +98,8 @@ class Variant:
         met: The parameters that its first call met.
         watched: What lay around it that is no tensor.
         last: The tensors that were in its places when they were last looked at.
-        kinds: What it takes for granted of each of them.
+        distinct: Where those of them are that are not met before.
+        kinds: What it takes for granted of each of these.
         attempts: How often it was tried to record it.
         recording: The recording.
         run: What runs the recording.
@@ -109,6 +110,7 @@ class Variant:
     met: Met
     watched: list[Any] = field(default_factory=list)
     last: list[Any] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
     attempts: int = 0
     recording: Recording | None = None
@@ -116,8 +118,8 @@ class Variant:
 
     def __post_init__(self) -> None:
         self.watched = self.around.values()
-        self.last = [place.value for place in self.around.places]
-        self.kinds = list(map(_kind, self.last))
+        self.last = self.around.tensors()
+        self._look()
 
     def changed(self, call: Call) -> str | None:
         """What differs between the variant and a call with arguments of its shapes, in words."""
@@ -127,17 +129,21 @@ class Variant:
         place = self.around.changed(self.watched)
         if place is not None and (isinstance(place.value, SIMPLE) or not self._follow()):
             return place.label
-        now = [place.value for place in self.around.places]
-        if not all(isinstance(tensor, Tensor) for tensor in now):
-            return "a tensor that is there no more"
-        if list(map(_kind, now)) != self.kinds:  # a tensor may be frozen where it is
+        now = self.around.tensors()
+        if not all(map(is_, now, self.last)):
+            if not all(isinstance(tensor, Tensor) for tensor in now):
+                return "a tensor that is there no more"
+            if _aliases(now) != _aliases(self.last):
+                return "which of the tensors are the same"
+        if [_kind(now[i]) for i in self.distinct] != self.kinds:  # it may be frozen where it is
             return "a tensor's shape or kind"
-        if all(map(is_, now, self.last)):
-            return None
-        if _aliases(now) != _aliases(self.last):
-            return "which of the tensors are the same"
         self.last = now
         return None
+
+    def _look(self) -> None:
+        """Notes what it takes for granted of the tensors."""
+        self.distinct = sorted(set(_aliases(self.last)))
+        self.kinds = [_kind(self.last[i]) for i in self.distinct]
 
     def _follow(self) -> bool:
         """Turns to what has taken the place of things, if it is like them."""
@@ -150,7 +156,7 @@ class Variant:
 
 def _kind(tensor: Tensor) -> Any:
     """What a recording takes for granted of a tensor."""
-    dense = tensor.layout is torch.strided and not tensor.is_contiguous()
+    dense = tensor.layout is torch.strided
     return (
         tensor.shape,
         tensor.stride() if dense else tensor.layout,
@@ -295,7 +301,7 @@ class Routine:
         size = recording.num_operations
         seconds = time.perf_counter() - start
         _log.info("%s: recorded %d operations in %.1f s", self.name, size, seconds)
-        example = recording.inputs(variant.around.places, call.leaves)
+        example = recording.inputs(variant.last, call.leaves)
         replay = runner(recording.graph, example, "replay", size)
         agrees, outcome = self._compare(variant, recording, replay, arguments, call)
         if not agrees:
@@ -320,7 +326,7 @@ class Routine:
     ) -> tuple[bool, Outcome]:
         """Takes the step as it is; also says whether a recording does the same."""
         earlier = [STORE[name].grad for name in recording.trained]
-        inputs = recording.inputs(variant.around.places, call.leaves)
+        inputs = recording.inputs(variant.last, call.leaves)
         outcomes: list[Outcome] = []
 
         def step() -> list[Tensor]:
@@ -338,7 +344,8 @@ class Routine:
         after = [STORE[name].grad for name in recording.trained]
         pairs = zip(earlier, after, strict=True)
         gradients = [b if a is None or b is None else b - a for a, b in pairs]
-        assigned = [variant.around.places[i].value for i in recording.assigned]
+        now = variant.around.tensors()
+        assigned = [now[i] for i in recording.assigned]
         count = 1 + len(gradients)
         agrees = (
             agree(found[:1], [outcomes[0].loss])
@@ -358,7 +365,7 @@ def _replay(variant: Variant, call: Call) -> Outcome:
     recording, run = variant.recording, variant.run
     if recording is None or run is None:
         raise TypeError("a variant is recorded before it is replayed")
-    loss, *rest = run(recording.inputs(variant.around.places, call.leaves))
+    loss, *rest = run(recording.inputs(variant.last, call.leaves))
     count = len(recording.trained)
     for name, gradient in zip(recording.trained, rest[:count], strict=True):
         _add_gradient(STORE[name], gradient)
