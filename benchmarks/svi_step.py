@@ -235,12 +235,23 @@ def arguments() -> argparse.Namespace:
         "--no-optimiser", action="store_true", help="time the objective and its gradient alone"
     )
     parser.add_argument("--only", choices=["vae", "chains"])
+    parser.add_argument("--smoke", action="store_true", help="short, and check that all train")
     args = parser.parse_args()
+    if args.smoke:
+        args.rounds, args.seconds, args.lengths = 1, 0.0, [1, 2, 3]
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, found {args.rounds}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     return args
+
+
+def check_trained() -> None:
+    """Every candidate has moved every parameter of its chain, from zero to finite numbers."""
+    weights = {n: p.detach() for n, p in pyro.get_param_store().items() if n[-2:] in (".1", ".2")}
+    for name, value in weights.items():
+        if not (value.isfinite().all() and (value[1] != 0).all()):
+            raise RuntimeError(f"{name} was not trained: {value}")
 
 
 def main() -> None:
@@ -265,6 +276,8 @@ def main() -> None:
             chains = measure_chains(args, optimise)
             print("\n## Chains of dependent Bernoulli sites\n")
             print("\n".join(chain_table(chains)))
+    if args.smoke:
+        check_trained()
     print("\n## Targets\n")
     print("\n".join(targets(vae, chains)))
 

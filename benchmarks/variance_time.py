@@ -117,7 +117,9 @@ def adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor, steps: int, devic
             optimiser.step()
             optimiser.zero_grad()
         vae.zero_grad()
-    vae.load_state_dict(frozen)
+    for key, value in vae.state_dict().items():
+        if not torch.equal(value, frozen[key]):
+            raise RuntimeError(f"{key} of the VAE has moved")
 
 
 def encoder_gradient(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Tensor:
@@ -208,7 +210,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="short, and check the variances")
     options = parser.parse_args()
+    if options.smoke:
+        options.models, options.train, options.adapt = ["linear"], 3, 3
+        options.draws, options.rounds = 3, 1
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     images = load()
