@@ -1,5 +1,6 @@
 """How the benchmarks time: interleaved, in one process, by ratios inside a round."""
 
+import os
 import random
 import statistics
 import time
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 
 import pyro
 import torch
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
 
 Step = Callable[[], object]
 Times = dict[str, list[float]]
@@ -68,11 +71,24 @@ def ratio_table(times: Times, to: list[str]) -> Iterator[str]:
         yield f"| {name} | {spread(times[name])} | {' | '.join(cells)} |"
 
 
+def cpu_seconds() -> float:
+    """The time of this process and of the compilers that it has called."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
 @contextmanager
-def quiet_machine() -> Iterator[None]:
-    """One thread, and Pyro's validation off."""
+def cold_compiler() -> Iterator[None]:
+    """Inductor finds nothing of earlier runs, and calls its compilers one after the other."""
+    with fresh_cache(), inductor.patch(compile_threads=1):
+        yield
+
+
+@contextmanager
+def quiet_machine(validation: bool = False) -> Iterator[None]:
+    """One thread, and Pyro's validation off unless it is wanted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(validation):
         yield
     torch.set_num_threads(threads)
