@@ -1,5 +1,6 @@
 """What ``time_to_elbo.py`` finds: runs, the level they are to reach, a table and a picture."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
@@ -51,10 +53,14 @@ class Run:
 
 
 def levels(runs: list[Run]) -> dict[str, float]:
-    """Pyro's best ELBO at the end, over its learning rates."""
-    pyros = [run for run in runs if run.candidate == PYRO]
-    best = max(pyros, key=lambda run: run.held_out[-1])
-    return {"train": best.train[-1], "held_out": best.held_out[-1]}
+    """Pyro's ELBOs over the last tenth of its time, at the best of its learning rates."""
+    found = []
+    for run in runs:
+        if run.candidate == PYRO:
+            last = max(1, len(run.seconds) // 10)
+            ends = {"train": run.train[-last:], "held_out": run.held_out[-last:]}
+            found.append({which: statistics.mean(elbos) for which, elbos in ends.items()})
+    return max(found, key=lambda end: end["held_out"])
 
 
 def best_runs(runs: list[Run]) -> dict[str, Run]:
@@ -116,25 +122,28 @@ def verdict(runs: list[Run]) -> Iterator[str]:
 
 
 def picture(runs: list[Run], path: Path) -> None:
-    """The held-out ELBO against seconds, each curve with its name at its end."""
+    """The held-out ELBO against seconds, each curve named at its end."""
     level = levels(runs)["held_out"]
+    best = best_runs(runs)
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    lowest = level - 25
     ends: list[tuple[float, float, str, Any]] = []
-    for name, run in best_runs(runs).items():
+    for name, run in best.items():
         style = "--" if name == BIASED else "-"
         (line,) = axes.plot(run.seconds, run.held_out, style, linewidth=1.6)
         ends.append((run.held_out[-1], run.seconds[-1], name, line.get_color()))
     axes.axhline(level, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
-    axes.set_ylim(lowest, level + 4)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(level - 25, max(max(run.held_out) for run in best.values()) + 2)
     axes.set_xlabel("seconds of one core, compilation included")
     axes.set_ylabel("ELBO of held-out images, nats")
+    axes.set_title(f"Pyro's level: {level:.1f} nats", loc="left", fontsize=10, color="0.4")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _label(axes, ends)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -142,15 +151,22 @@ def _label(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
     """Names to the right of the axes, apart from each other, with a line to their curve's end."""
     low, high = axes.get_ylim()
     gap = (high - low) / 18
-    place = high
+    place = high + gap / 2
     for elbo, second, name, color in sorted(ends, key=lambda end: (-end[0], end[1])):
-        place = min(place - gap, max(elbo, low) + gap)
+        end = max(elbo, low)
+        place = min(place - gap, end)
         axes.annotate(
             name,
-            (second, max(elbo, low)),
-            xytext=(1.02, place),
+            (second, end),
+            xytext=(1.04, place),
             textcoords=("axes fraction", "data"),
             color=color,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "alpha": 0.5,
+                "relpos": (0, 0.5),
+            },
         )

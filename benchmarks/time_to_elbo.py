@@ -2,8 +2,8 @@
 
 A linear VAE with 200 Bernoulli units learns binarised MNIST. Pyro's ``SVI`` with
 ``TraceGraph_ELBO`` and its decaying average trains for some minutes, at each of some learning
-rates; the best ELBO at the end is the level. Then each estimator trains under ``CompiledSVI`` until
-it is there. See ``README.md`` beside this file.
+rates; the best ELBO near the end is the level. Then each estimator trains under ``CompiledSVI``
+until it is there. See ``README.md`` beside this file.
 
     python benchmarks/time_to_elbo.py --out results --minutes 10
     python benchmarks/time_to_elbo.py --out results --only "RLOO(2)" REBAR   # adds to the results
