@@ -184,10 +184,12 @@ def targets(
         if len(chains) > 2:
             _, *_, middle, _ = sorted(chains)
             limits.append((f"time a site, / {middle} sites", growth(chains, ours), 1.2))
-        limits.append(("seconds of the first two steps", [first[last][ours]], 30))
         for what, found, most in limits:
             met = "yes" if statistics.median(found) <= most else "no"
             yield f"| {ours} {what} | {spread(found)} | at most {most} | {met} |"
+        taken = first[last][ours]
+        met = "yes" if taken <= 30 else "no"
+        yield f"| {ours}: seconds of the first two steps | {taken:.1f} | at most 30 | {met} |"
 
 
 def smoke(args: argparse.Namespace) -> None:
