@@ -144,7 +144,7 @@ def measure_all(args: argparse.Namespace) -> tuple[dict[int, Times], dict[int, d
 
 def table(lengths: list[int], rows: dict[str, dict[int, str]]) -> Iterator[str]:
     """A row a candidate, a column a length."""
-    yield f"| | {' | '.join(f'{length}' for length in lengths)} |"
+    yield f"| sites | {' | '.join(f'{length}' for length in lengths)} |"
     yield "|---|" + "---|" * len(lengths)
     for name, cells in rows.items():
         yield f"| {name} | {' | '.join(cells.get(length, '') for length in lengths)} |"
