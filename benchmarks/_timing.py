@@ -1,13 +1,18 @@
 """How the benchmarks time: interleaved, in one process, by ratios inside a round."""
 
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pyro
 import torch
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
+from torch.fx.experimental.proxy_tensor import make_fx
 
 Step = Callable[[], object]
 Times = dict[str, list[float]]
@@ -68,11 +73,39 @@ def ratio_table(times: Times, to: list[str]) -> Iterator[str]:
         yield f"| {name} | {spread(times[name])} | {' | '.join(cells)} |"
 
 
+def cpu_seconds() -> float:
+    """The time of this process and of the compilers that it has called."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+@cache
+def header_seconds() -> float:
+    """Lets inductor compile its header, which it does once a machine, and tells the time."""
+    begin = cpu_seconds()
+    example = torch.ones(64)
+    with torch.no_grad():
+        torch._inductor.compile(make_fx(lambda x: (x.exp() + 1,))(example), [example])
+    return cpu_seconds() - begin
+
+
 @contextmanager
-def quiet_machine() -> Iterator[None]:
-    """One thread, and Pyro's validation off."""
+def cold_compiler() -> Iterator[None]:
+    """Inductor finds nothing of earlier runs, and calls its compilers one after the other.
+
+    Its header alone is there.
+    """
+    with inductor.patch(compile_threads=1):
+        header_seconds()
+        with fresh_cache():
+            yield
+
+
+@contextmanager
+def quiet_machine(validation: bool = False) -> Iterator[None]:
+    """One thread, and Pyro's validation off unless it is wanted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(validation):
         yield
     torch.set_num_threads(threads)

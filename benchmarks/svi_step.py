@@ -19,6 +19,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from _chain import Chain
 from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
 from _vae import VAE, vae_batch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
@@ -105,43 +106,6 @@ def vae_steps(x: Tensor, optimise: bool = True) -> dict[str, Step]:
 
 
 # --- chains of dependent sites ------------------------------------------------------------
-
-
-@dataclass
-class Chain:
-    """Bits, each drawn from a linear function of the one before, and one observation.
-
-    Arguments:
-        name: Of the parameters in the param store.
-        length: The number of bits.
-        infer: What the guide's sites pass to Pyro.
-        device: Where it runs.
-    """
-
-    name: str
-    length: int
-    infer: dict[str, Any]
-    device: str
-
-    def __post_init__(self) -> None:
-        self.start = torch.zeros((), device=self.device)
-        self.seen = torch.ones((), device=self.device)
-        self.weights = torch.zeros(2, self.length, device=self.device)
-
-    def model(self) -> None:
-        """Each bit prefers to be as the one before."""
-        z = self.start
-        for t in range(self.length):
-            z = pyro.sample(f"z{t}", dist.Bernoulli(logits=2 * z - 1))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=self.seen)
-
-    def guide(self) -> None:
-        """A slope and an offset for each bit, in two parameters for all."""
-        weights = pyro.param(f"{self.name}.{self.length}", self.weights)
-        z = self.start
-        for t, (slope, offset) in enumerate(zip(*(row.unbind() for row in weights), strict=True)):
-            law = dist.Bernoulli(logits=slope * z + offset)
-            z = pyro.sample(f"z{t}", law, infer=self.infer)
 
 
 def chain_steps(length: int, device: str, optimise: bool = True) -> dict[str, Step]:
