@@ -13,11 +13,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from _chain import Chain
 from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
