@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import NonDiffError
 from .capture.backends import Backend
 from .capture.fused import FusedOptimizer
-from .capture.variants import Routine
+from .capture.routine import Routine
 from .execute import Program
 
 __all__ = ["CompiledSVI"]

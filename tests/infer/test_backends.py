@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nondiff.estimators import REINFORCE, RLOO, MovingAverage
 from pyro_nondiff.infer import TraceEstimator_ELBO
-from pyro_nondiff.infer.capture import backends, pieces, variants
+from pyro_nondiff.infer.capture import backends, pieces, routine
 from pyro_nondiff.infer.capture.pieces import CannotCutError, cut, in_pieces, ordered
 from pyro_nondiff.infer.capture.simplify import operations, simplify
 from pyro_nondiff.infer.compiled import CompiledSVI
@@ -59,7 +59,7 @@ def recorded(
         return backends.runner(graph, example, backend, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(variants, "runner", keep)
+        patch.setattr(routine, "runner", keep)
         elbo = TraceEstimator_ELBO(ESTIMATORS[estimator])
         svi = CompiledSVI(model, guide, Adam({"lr": 1e-3}), elbo, backend="replay")
         svi.step()

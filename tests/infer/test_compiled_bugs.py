@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_nondiff.estimators import REINFORCE, RELAX, MovingAverage
-from pyro_nondiff.infer.capture import fused, outside, places, recording, variants
+from pyro_nondiff.infer.capture import fused, outside, places, recording, routine
 from tests.infer import test_compiled, test_compiled_changes, test_fused
 
 pytestmark = pytest.mark.usefixtures("param_store")
@@ -44,14 +44,14 @@ def a_gradient_is_lost(patch: Patch) -> None:
 
 
 def gradients_are_swapped(patch: Patch) -> None:
-    old = variants.record
+    old = routine.record
 
     def record(*args: Any) -> Any:
         found = old(*args)
         found.trained.reverse()
         return found
 
-    patch.setattr(variants, "record", record)
+    patch.setattr(routine, "record", record)
 
 
 def numbers_are_not_watched(patch: Patch) -> None:
@@ -75,14 +75,14 @@ def another_code_is_no_change(patch: Patch) -> None:
 
 
 def assignments_are_dropped(patch: Patch) -> None:
-    old = variants._replay
+    old = routine._replay
 
     def replay(variant: Any, call: Any) -> Any:
         kept = [variant.around.places[i] for i in variant.recording.assigned]
         with places.swapped(kept, lambda old: old):
             return old(variant, call)
 
-    patch.setattr(variants, "_replay", replay)
+    patch.setattr(routine, "_replay", replay)
 
 
 def places_are_those_of_the_recording(patch: Patch) -> None:
@@ -118,8 +118,8 @@ def an_unused_answer_is_not_asked_for(patch: Patch) -> None:
 
 
 def shapes_do_not_count(patch: Patch) -> None:
-    old = variants.call_of
-    patch.setattr(variants, "call_of", lambda arguments: old(arguments)._replace(shapes=None))
+    old = routine.call_of
+    patch.setattr(routine, "call_of", lambda arguments: old(arguments)._replace(shapes=None))
 
 
 def options_are_read_once(patch: Patch) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .pieces import CannotCutError, in_pieces
 from .simplify import calls_outside, operations, simplify
@@ -85,12 +87,9 @@ def _copy(graph: fx.GraphModule) -> fx.GraphModule:
 def _inductor(
     options: dict[str, Any], graph: fx.GraphModule, example: Sequence[Tensor]
 ) -> Callable[..., Any]:
-    # importing torch's compiler changes warning filters
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    fake = FakeTensorMode(shape_env=ShapeEnv())  # without, torch does not keep it on disk
+    # without shapes torch keeps nothing on disk; what they need is imported, since it was recorded
+    shapes = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    fake = FakeTensorMode(shape_env=shapes)
     with torch.no_grad(), tracing(TracingContext(fake)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which torch imports
         call: Callable[..., Any] = torch._inductor.compile(graph, list(example), options=options)
