@@ -7,6 +7,7 @@ set torch's defaults, so a test that names no device and no dtype follows them.
 import copy
 import os
 import random
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,13 @@ def meta() -> Callable[[Any], Any]:
         return leaf
 
     return lambda value: tree_map(to_meta, value)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """For a test that compiles C++. It is skipped where nothing can."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler here")
 
 
 @pytest.fixture

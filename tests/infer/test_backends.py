@@ -98,6 +98,7 @@ def test_chain(monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
     assert_same(outcome(whole.forward, example), expected)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_chain_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
     graph, example = recorded(monkeypatch, estimator, 12)
@@ -218,6 +219,7 @@ def test_memory_that_is_shared_is_not_cut() -> None:
         in_pieces(graph, plain)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_other_strides_than_those_compiled_for() -> None:
     def weigh(x: Tensor) -> list[Tensor]:
         return [(x * torch.arange(6.0).reshape(2, 3)).sum(1)]

@@ -1,5 +1,6 @@
 """A compiled step does what an eager one does, whatever the program."""
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -132,11 +133,20 @@ def test_continuous_sites(estimator: AbstractEstimator) -> None:
     assert same(lambda: Training(model, guide, TraceEstimator_ELBO())).num_recordings == 1
 
 
+def bypasses() -> int:
+    """How often inductor compiled what torch does not keep on disk."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils.counters["inductor"]["fxgraph_cache_bypass"] if utils else 0
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("estimator", [RLOO(2), RELAX()], ids=str)
 def test_inductor(estimator: AbstractEstimator) -> None:
+    before = bypasses()
     svi = same(autoencoder(estimator), "inductor", rtol=ROUNDED)
     assert svi.num_recordings == 1
+    assert bypasses() == before
 
 
 def test_eager_backend() -> None:
@@ -284,7 +294,9 @@ def shop(answer: Callable[[Tensor], Any]) -> Callable[[], Training]:
 
 
 @pytest.mark.parametrize("backend", ["replay", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_external_ops_are_called_at_each_step(backend: str) -> None:
+def test_external_ops_are_called_at_each_step(backend: str, request: Any) -> None:
+    if backend == "inductor":
+        request.getfixturevalue("compiler")
     make = shop(lambda item: [3.0, 1.0, 2.0][int(item)])
     train(make, SVI)
     expected = list(make.notes)  # type: ignore[attr-defined]

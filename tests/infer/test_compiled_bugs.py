@@ -194,7 +194,7 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (outside_is_called_once, test_compiled.test_what_an_external_op_calls_may_change),
     (
         an_unused_answer_is_not_asked_for,
-        lambda: test_compiled.test_external_ops_are_called_at_each_step("replay"),
+        lambda: test_compiled.test_external_ops_are_called_at_each_step("replay", None),
     ),
     (shapes_do_not_count, test_compiled.test_smaller_last_batch_is_recorded_anew),
     (options_are_read_once, lambda: test_fused.test_schedulers("exponential")),
