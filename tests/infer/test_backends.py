@@ -217,15 +217,3 @@ def test_memory_that_is_shared_is_not_cut() -> None:
     graph = graph_of(change, torch.ones(4), torch.ones(3, 4))
     with pytest.raises(CannotCutError, match="several pieces"):
         in_pieces(graph, plain)
-
-
-@pytest.mark.usefixtures("compiler")
-def test_other_strides_than_those_compiled_for() -> None:
-    def weigh(x: Tensor) -> list[Tensor]:
-        return [(x * torch.arange(6.0).reshape(2, 3)).sum(1)]
-
-    x = torch.rand(2, 3)
-    run = backends.runner(graph_of(weigh, x), [x], "inductor", 4)
-    turned = torch.rand(3, 2).T
-    assert_same(list(run([x])), weigh(x))
-    assert_same(list(run([turned])), weigh(turned))

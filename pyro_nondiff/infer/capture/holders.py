@@ -160,3 +160,8 @@ def slots_of(thing: Any) -> dict[str, Any]:
                 with suppress(AttributeError):  # it is not assigned
                     found[name] = member.__get__(thing)
     return found
+
+
+def is_own(cls: type) -> bool:
+    """Whether a class is one of this library."""
+    return cls.__module__.partition(".")[0] == "pyro_nondiff"

@@ -41,6 +41,7 @@ from .holders import (
     Place,
     Size,
     is_library,
+    is_own,
     slots_of,
 )
 
@@ -85,6 +86,7 @@ class Surroundings:
         self.watched: list[Place] = []
         self.modules: list[nn.Module] = []
         self._holders: list[tuple[MutableMapping[Any, Any], list[Any] | None]] = []
+        self._steady: set[int] = set()
         self._met: dict[int, Any] = {}
         self._waiting: deque[tuple[Any, str]] = deque()
         own = {id(getattr(program, "__self__", program)) for program in programs}
@@ -139,6 +141,11 @@ class Surroundings:
         """All that is watched, as it is now."""
         return [get(key) for get, key in self._read_watched]
 
+    def distinct(self) -> list[int]:
+        """Which of the places have tensors that may be altered where they are, each once."""
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors())))}
+        return sorted(i for identity, i in first.items() if identity not in self._steady)
+
     def tensors(self) -> list[Any]:
         """What is in the places now: tensors, if nobody has put other things there."""
         return [get(key) for get, key in self._read_places]
@@ -184,7 +191,8 @@ class Surroundings:
             return
         self._met[id(thing)] = thing  # kept alive: its identity is watched
         if isinstance(thing, nn.Module):
-            self._module(thing, label)
+            self.modules.append(thing)
+            (self._state if is_own(type(thing)) else self._module)(thing, label)
         elif isinstance(thing, FunctionType):
             self._function(thing)
         elif isinstance(thing, MethodType):
@@ -204,7 +212,6 @@ class Surroundings:
             self._object(thing, label)
 
     def _module(self, module: nn.Module, label: str) -> None:
-        self.modules.append(module)
         parts = module._parameters, module._buffers, module._modules
         hooks = module._forward_pre_hooks, module._forward_hooks
         for holder in (*parts, *hooks):
@@ -213,6 +220,12 @@ class Surroundings:
         self._keep(vars(module), label + ".{}", own)
         self._size(label, vars(module), *parts, *hooks)
         self._class(type(module))
+
+    def _state(self, module: nn.Module, label: str) -> None:
+        """What an estimator has learnt: many tensors, of which parameters alone may be altered."""
+        for holder in (module._parameters, module._buffers, module._modules):
+            self._keep(holder, label + ".{}", watch=False)
+        self._holders.append((vars(module), None))
 
     def _object(self, thing: Any, label: str) -> None:
         attributes = getattr(thing, "__dict__", {})
@@ -286,6 +299,7 @@ class Surroundings:
         label: str,
         names: Iterable[Any] | None = None,
         restore: bool = True,
+        watch: bool = True,
     ) -> None:
         """Takes up what a mapping holds.
 
@@ -294,6 +308,7 @@ class Surroundings:
             label: What to call each in a message, with braces for its key.
             names: Those of its keys that count; None for all.
             restore: Whether a recording may leave things in it that it made.
+            watch: Whether what is no tensor may change, and what is one may be altered where it is.
         """
         if restore and isinstance(holder, MutableMapping):
             self._holders.append((holder, None if names is None else list(names)))
@@ -301,8 +316,11 @@ class Surroundings:
             value, called = holder.get(name), label.format(name)
             if isinstance(value, Tensor) and isinstance(holder, MutableMapping):
                 self.places.append(Place(holder, name, called))
+                if not (watch or value.requires_grad):
+                    self._steady.add(id(value))
                 continue
-            self.watched.append(Place(holder, name, called))
+            if watch:
+                self.watched.append(Place(holder, name, called))
             if not isinstance(value, (*SIMPLE, ModuleType)):
                 self._waiting.append((value, called))
 

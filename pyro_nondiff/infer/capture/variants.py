@@ -66,8 +66,8 @@ class Variant:
         met: The parameters that its first call met.
         watched: What lay around it that is no tensor.
         last: The tensors that were in its places when they were last looked at.
-        distinct: Where those of them are that are not met before.
-        kinds: What it takes for granted of each of these.
+        kinds: What it takes for granted of each of them.
+        distinct: Which of them may be altered where they are.
         attempts: How often it was tried to record it.
         recording: The recording.
         run: What runs the recording.
@@ -78,8 +78,8 @@ class Variant:
     met: Met
     watched: list[Any] = field(default_factory=list)
     last: list[Any] = field(default_factory=list)
-    distinct: list[int] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)
     attempts: int = 0
     recording: Recording | None = None
     run: Run | None = None
@@ -87,7 +87,8 @@ class Variant:
     def __post_init__(self) -> None:
         self.watched = self.around.values()
         self.last = self.around.tensors()
-        self._look()
+        self.distinct = self.around.distinct()
+        self.kinds = list(map(_kind, self.last))
 
     def changed(self, call: Call) -> str | None:
         """What differs between the variant and a call with arguments of its shapes, in words."""
@@ -103,15 +104,12 @@ class Variant:
                 return "a tensor that is there no more"
             if _aliases(now) != _aliases(self.last):
                 return "which of the tensors are the same"
-        if [_kind(now[i]) for i in self.distinct] != self.kinds:  # it may be frozen where it is
-            return "a tensor's shape or kind"
+            if list(map(_kind, now)) != self.kinds:
+                return "a tensor's shape or kind"
+        elif [_kind(now[i]) for i in self.distinct] != [self.kinds[i] for i in self.distinct]:
+            return "a tensor's shape or kind"  # it may be frozen where it is
         self.last = now
         return None
-
-    def _look(self) -> None:
-        """Notes what it takes for granted of the tensors."""
-        self.distinct = sorted(set(_aliases(self.last)))
-        self.kinds = [_kind(self.last[i]) for i in self.distinct]
 
     def _follow(self) -> bool:
         """Turns to what has taken the place of things, if it is like them."""
