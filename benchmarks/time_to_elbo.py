@@ -160,7 +160,7 @@ def train(
         while True:
             begin = clock()
             until = min(limit, spent + args.every) - spent
-            while clock() - begin < until or run.steps < 2:
+            while clock() - begin < until or run.steps <= 2:
                 for _ in range(1 if run.steps < 2 else 10):
                     step(next(batches))
                     run.steps += 1
