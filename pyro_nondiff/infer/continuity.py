@@ -18,6 +18,7 @@ from ..distributions import continuous, relaxable
 from ..errors import NonDiffError
 from .check import Given, in_row, slice_value
 from .execute import Chunk, Pair, run_recorded
+from .lines import line, own_line
 from .plan import Plan
 from .record import Site
 
@@ -128,12 +129,11 @@ class _Watch(TorchFunctionMode):
         frames = [f for f in extract_stack() if "continuity.py" not in f.filename]
         if any(_is_validation(frame) for frame in frames):
             return
-        own = [f for f in frames if "site-packages" not in f.filename]
-        frame = next((f for f in reversed(own) if "pyro_nondiff" not in f.filename), frames[-1])
         raise NonDiffError(
-            f"site '{site}': the program breaks its soft value by '{name}', at line {frame.lineno} "
-            f"of {frame.name}(): {frame.line}. Its estimator needs a program that is continuous in "
-            "the value. Use RLOO(), DisARM() or RELAX(relaxed_cost=False) for this site."
+            f"site '{site}': the program breaks its soft value by '{name}', at "
+            f"{own_line(frames) or line(frames[-1])}. Its estimator needs a program that is "
+            "continuous in the value. Use RLOO(), DisARM() or RELAX(relaxed_cost=False) for this "
+            "site."
         )
 
 

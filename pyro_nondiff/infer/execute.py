@@ -13,6 +13,7 @@ from ..distributions import describe, entropy, log_prob
 from ..errors import NonDiffError
 from ..estimators import AbstractEstimator
 from .costs import Term, reaches
+from .lines import line, own_line
 from .plan import Branches, Plan, lift
 from .record import ModelWorlds, Recorder, Site
 from .worlds import Branch, GuideWorlds, StateOf
@@ -152,18 +153,10 @@ def _run(program: Program, recorder: Recorder, pair: Pair) -> None:
         raise
     except ValueError as error:
         last = next(reversed(recorder.sites), None)
+        frames = extract_tb(error.__traceback__)
+        place = own_line(frames) or line(frames[-1])
         after = "before its first site" if last is None else f"after site '{last}'"
-        raise NonDiffError(
-            f"the {recorder.program} failed {after}, at {_place(error)}: {error}"
-        ) from error
-
-
-def _place(error: ValueError) -> str:
-    """The innermost line of the program that is no library's."""
-    frames = extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename]
-    frame = (own or list(frames))[-1]
-    return f"line {frame.lineno} of {frame.name}(): {frame.line}"
+        raise NonDiffError(f"the {recorder.program} failed {after}, at {place}: {error}") from error
 
 
 def _check_partners(guide: dict[str, Site], model: dict[str, Site]) -> None:

@@ -2,10 +2,9 @@
 
 import logging
 import time
-import traceback
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import NonDiffWarning
+from ..lines import own_line
 from .agreement import agree, run_beside
 from .backends import Backend, Run, runner
 from .holders import STORE
@@ -24,7 +24,6 @@ from .recording import CannotRecordError, Met, Recording, record
 from .variants import Call, Variant, call_of
 
 _log = logging.getLogger(__name__)
-_LIBRARIES = ("site-packages", str(Path(__file__).parents[2]), str(Path(traceback.__file__).parent))
 
 ATTEMPTS = 2
 """How often it is tried to record a signature: some steps settle on their second run."""
@@ -265,8 +264,5 @@ def _reason(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     if "DataDependent" in type(innermost).__name__ or "data-dependent" in str(innermost):
         text = "it reads the value of a tensor"
-    frames = traceback.extract_tb(innermost.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in _LIBRARIES)]
-    if not own:
-        return text
-    return f"{text}, at line {own[-1].lineno} of {own[-1].name}(): {own[-1].line}"
+    place = own_line(extract_tb(innermost.__traceback__))
+    return text if place is None else f"{text}, at {place}"
