@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import NonDiffError
 from .costs import Term
 from .execute import Chunk, Pair, run_recorded, terms_of
+from .generators import random_states, set_random_states
 from .plan import Plan, lift
 from .record import Recorder, Site
 
@@ -42,10 +42,10 @@ def preserved() -> Iterator[Callable[[], None]]:
                 module._buffers[name] = original
         buffers.clear()
 
-    generators = _random_states()
+    generators = random_states()
 
     def restore() -> None:
-        _set_random_states(generators)
+        set_random_states(generators)
         put_back(keep=False)
 
     handle = register_module_forward_pre_hook(note)
@@ -55,17 +55,6 @@ def preserved() -> Iterator[Callable[[], None]]:
         handle.remove()
         with torch.no_grad():
             put_back(keep=True)
-
-
-def _random_states() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return get_rng_state(), cuda
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
 
 
 def check_worlds(pair: Pair, chunk: Chunk) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..generators import random_states, set_random_states, set_state_of, state_of
 from .backends import Run
 from .outside import OutsideCall
 
@@ -31,7 +32,7 @@ def run_beside(
         run: Runs the recording.
         inputs: The tensors that it takes; the step may change them.
         calls: What it calls outside; they give the step's answers again.
-        generators: Those of the program, besides torch's own.
+        generators: Those of the program, besides the global ones.
         step: Takes the step, and returns what was answered from outside.
 
     Returns:
@@ -67,17 +68,14 @@ def _norm(tensor: Tensor, other: Tensor | None = None) -> float:
 
 
 def _states(generators: Sequence[torch.Generator]) -> Any:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda, [each.get_state() for each in generators]
+    return random_states(), [state_of(each) for each in generators]
 
 
 def _restore(generators: Sequence[torch.Generator], states: Any) -> None:
-    own, cuda, others = states
-    torch.set_rng_state(own)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
-    for each, state in zip(generators, others, strict=True):
-        each.set_state(state)
+    global_states, own = states
+    set_random_states(global_states)
+    for each, state in zip(generators, own, strict=True):
+        set_state_of(each, state)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from ...errors import NonDiffError
+from ..generators import set_state_of, state_of
 from .holders import STORE, Place
 from .outside import OutsideCall, RecordOutside
 from .places import Surroundings, swapped
@@ -219,33 +220,15 @@ def _unchanged_generators(generators: Sequence[Any]) -> Iterator[None]:
     """Refuses draws of other generators than torch's, which a graph would repeat."""
     others = [each for each in generators if not isinstance(each, torch.Generator)]
     others += [random, np.random]
-    states = [_get_state(each) for each in others]
+    states = [state_of(each) for each in others]
     try:
         yield
     finally:
-        now = [_get_state(each) for each in others]
+        now = [state_of(each) for each in others]
         for each, state in zip(others, states, strict=True):
-            _set_state(each, state)
+            set_state_of(each, state)
     if pickle.dumps(states) != pickle.dumps(now):
         raise CannotRecordError("the step draws from Python's or NumPy's generator")
-
-
-def _get_state(generator: Any) -> Any:
-    """The state of a generator of Python or NumPy."""
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if hasattr(generator, "getstate"):
-        return generator.getstate()
-    return generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif hasattr(generator, "setstate"):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
 
 
 def _lift(graph: fx.GraphModule, inputs: Sequence[Tensor], trained: Sequence[str]) -> list[Tensor]:
