@@ -21,9 +21,9 @@ class CompiledSVI:
     The first step with arguments of new shapes runs as in Pyro, validated if validation is on. The
     second one is recorded, with no validation, as one graph of tensor operations, forward and
     backward. It runs beside the step once, and if both do the same, inductor compiles it; from
-    then on no Python of the program runs. Draws are those
-    of an eager step under the same seed. Parameters, state of the optimiser and of estimators stay
-    where they are in Pyro, so that either kind of SVI goes on with what the other has saved.
+    then on no Python of the program runs. Draws are those of an eager step under the same seed.
+    Parameters, state of the optimiser and of estimators stay where they are in Pyro, so that either
+    kind of SVI goes on with what the other has saved.
 
     A graph takes all that changes between steps as it is then: arguments, parameters, buffers,
     temperatures, and any tensor that the program reaches. Numbers, words and functions are

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from ...errors import NonDiffError
 
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+_FUSED = (*_ADAMS, torch.optim.SGD)
 _SPEED = ("foreach", "fused", "capturable", "differentiable")
 _NOT_COMPARED = ("params", *_SPEED)
 

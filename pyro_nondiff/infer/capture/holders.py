@@ -162,6 +162,6 @@ def slots_of(thing: Any) -> dict[str, Any]:
     return found
 
 
-def is_own(cls: type) -> bool:
+def is_ours(cls: type) -> bool:
     """Whether a class is one of this library."""
     return cls.__module__.partition(".")[0] == "pyro_nondiff"

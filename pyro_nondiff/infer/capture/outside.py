@@ -74,7 +74,7 @@ class OutsideCall:
 
 
 class NoteOutside(TorchFunctionMode):
-    """Notes what ``external`` ops call, and the kind of numbers that each answers."""
+    """Notes what ``external`` ops call and answer, and the kind of numbers of each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ from .holders import (
     Place,
     Size,
     is_library,
-    is_own,
+    is_ours,
     slots_of,
 )
 
@@ -192,7 +192,7 @@ class Surroundings:
         self._met[id(thing)] = thing  # kept alive: its identity is watched
         if isinstance(thing, nn.Module):
             self.modules.append(thing)
-            (self._state if is_own(type(thing)) else self._module)(thing, label)
+            (self._state if is_ours(type(thing)) else self._module)(thing, label)
         elif isinstance(thing, FunctionType):
             self._function(thing)
         elif isinstance(thing, MethodType):
@@ -283,7 +283,7 @@ class Surroundings:
         named = [name for name in dict.fromkeys(names) if name in home]
         self._keep(home, label, named)
         for name in named:
-            if isinstance(file := home[name], ModuleType) and _is_own(file):
+            if isinstance(file := home[name], ModuleType) and _is_users(file):
                 others = [other for other in names if other != name]
                 self._home(vars(file), others, f"{name}.{{}}")
 
@@ -356,7 +356,7 @@ def _is_file(thing: Any) -> bool:
     return isinstance(thing, IOBase)
 
 
-def _is_own(file: ModuleType) -> bool:
+def _is_users(file: ModuleType) -> bool:
     """Whether a file is the user's own, and no installed library's."""
     place = getattr(file, "__file__", None) or "site-packages"
     library = file.__name__.partition(".")[0] in LIBRARIES

@@ -71,13 +71,11 @@ class Met:
         names: All of them.
         trained: Those that got a gradient.
         kinds: The kind of numbers that each ``external`` op answered.
-        answers: All that they answered, in order.
     """
 
     names: list[str]
     trained: list[str]
     kinds: dict[str, torch.dtype]
-    answers: list[Tensor]
 
 
 def record(

@@ -42,6 +42,22 @@ class Outcome(NamedTuple):
     parameters: list[Tensor]
 
 
+class Eager(NamedTuple):
+    """What is known of a call that ran as it is.
+
+    Arguments:
+        outcome: What came of it.
+        met: The parameters that it met.
+        modules: The modules that ran.
+        outside: What it called outside the program.
+    """
+
+    outcome: Outcome
+    met: Met
+    modules: list[nn.Module]
+    outside: NoteOutside
+
+
 class Routine:
     """Something that is done over and over, recorded for each signature.
 
@@ -68,7 +84,7 @@ class Routine:
         """Does it, by a recording if there is one."""
         call = call_of((args, kwargs))
         if self.backend == "eager" or self._refused(call):
-            return self._eager(args, kwargs)[0]
+            return self._eager(args, kwargs).outcome
         variants = self._variants.setdefault(call.shapes, [])
         changed = None
         for variant in variants:
@@ -77,18 +93,18 @@ class Routine:
                 if variant.recording is None and variant.attempts < ATTEMPTS:
                     return self._record(variant, (args, kwargs), call)
                 if variant.recording is None:
-                    return self._eager(args, kwargs)[0]
+                    return self._eager(args, kwargs).outcome
                 return _replay(variant, call)
         if self._too_many(variants, changed):
-            return self._eager(args, kwargs)[0]
-        outcome, met, around = self._eager(args, kwargs)
-        variants.insert(0, Variant(call.values, around(call.values), met))
-        return outcome
+            return self._eager(args, kwargs).outcome
+        eager = self._eager(args, kwargs)
+        programs = [*self.programs, *call.values]
+        around = Surroundings(programs, eager.modules, eager.outside.functions)
+        variants.insert(0, Variant(call.values, around, eager.met))
+        return eager.outcome
 
-    def _eager(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Outcome, Met, Callable[[Sequence[Any]], Surroundings]]:
-        """Does it as it is; also says what it met, and what lies around it and other things."""
+    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Eager:
+        """Does it as it is."""
         modules: dict[nn.Module, None] = {}
         handle = register_module_forward_pre_hook(lambda module, _: modules.setdefault(module))
         earlier = {tensor: tensor.grad for tensor in STORE.values()}
@@ -106,11 +122,8 @@ class Routine:
             for tensor, gradient in earlier.items():
                 _add_gradient(tensor, gradient)
         loss = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
-        return (
-            Outcome(loss, list(dict.fromkeys(met.values()))),  # one may have two names
-            Met(list(met), trained, outside.dtypes, outside.answers),
-            lambda given: Surroundings([*self.programs, *given], modules, outside.functions),
-        )
+        outcome = Outcome(loss, list(dict.fromkeys(met.values())))  # one may have two names
+        return Eager(outcome, Met(list(met), trained, outside.dtypes), list(modules), outside)
 
     def _refused(self, call: Call) -> bool:
         if call.unknown is not None:
@@ -166,13 +179,13 @@ class Routine:
                 variant.attempts = ATTEMPTS
             if variant.attempts == ATTEMPTS:
                 self._warn(f"{self.name} is not recorded, and runs eager: {_reason(error)}.")
-            return self._eager(*arguments)[0]
+            return self._eager(*arguments).outcome
         size = recording.num_operations
         seconds = time.perf_counter() - start
         _log.info("%s: recorded %d operations in %.1f s", self.name, size, seconds)
         example = recording.inputs(variant.last, call.leaves)
         replay = runner(recording.graph, example, "replay", size)
-        agrees, outcome = self._compare(variant, recording, replay, arguments, call)
+        agrees, outcome = self._compare(variant, recording, replay, example, arguments)
         if not agrees:
             variant.attempts = ATTEMPTS
             self._warn(
@@ -186,22 +199,26 @@ class Routine:
             variant.run = runner(recording.graph, example, self.backend, size)
         except Exception as error:
             self._warn(f"inductor cannot compile {self.name}, so it is replayed: {_reason(error)}.")
-            variant.run = runner(recording.graph, example, "replay", size)
+            variant.run = replay
         variant.recording = recording
         return outcome
 
     def _compare(
-        self, variant: Variant, recording: Recording, run: Run, arguments: Any, call: Call
+        self,
+        variant: Variant,
+        recording: Recording,
+        run: Run,
+        inputs: Sequence[Tensor],
+        arguments: Any,
     ) -> tuple[bool, Outcome]:
         """Takes the step as it is; also says whether a recording does the same."""
         earlier = [STORE[name].grad for name in recording.trained]
-        inputs = recording.inputs(variant.last, call.leaves)
         outcomes: list[Outcome] = []
 
         def step() -> list[Tensor]:
-            outcome, met, _ = self._eager(*arguments)
-            outcomes.append(outcome)
-            return met.answers
+            eager = self._eager(*arguments)
+            outcomes.append(eager.outcome)
+            return eager.outside.answers
 
         generators = [g for g in variant.around.generators if isinstance(g, torch.Generator)]
         try:

@@ -68,6 +68,7 @@ class Variant:
         last: The tensors that were in its places when they were last looked at.
         kinds: What it takes for granted of each of them.
         distinct: Which of them may be altered where they are.
+        own_kinds: What it takes for granted of these.
         attempts: How often it was tried to record it.
         recording: The recording.
         run: What runs the recording.
@@ -76,10 +77,11 @@ class Variant:
     values: tuple[Any, ...]
     around: Surroundings
     met: Met
-    watched: list[Any] = field(default_factory=list)
-    last: list[Any] = field(default_factory=list)
-    kinds: list[Any] = field(default_factory=list)
-    distinct: list[int] = field(default_factory=list)
+    watched: list[Any] = field(init=False)
+    last: list[Any] = field(init=False)
+    kinds: list[Any] = field(init=False)
+    distinct: list[int] = field(init=False)
+    own_kinds: list[Any] = field(init=False)
     attempts: int = 0
     recording: Recording | None = None
     run: Run | None = None
@@ -87,8 +89,9 @@ class Variant:
     def __post_init__(self) -> None:
         self.watched = self.around.values()
         self.last = self.around.tensors()
-        self.distinct = self.around.distinct()
         self.kinds = list(map(_kind, self.last))
+        self.distinct = self.around.distinct()
+        self.own_kinds = [self.kinds[i] for i in self.distinct]
 
     def changed(self, call: Call) -> str | None:
         """What differs between the variant and a call with arguments of its shapes, in words."""
@@ -106,7 +109,7 @@ class Variant:
                 return "which of the tensors are the same"
             if list(map(_kind, now)) != self.kinds:
                 return "a tensor's shape or kind"
-        elif [_kind(now[i]) for i in self.distinct] != [self.kinds[i] for i in self.distinct]:
+        elif [_kind(now[i]) for i in self.distinct] != self.own_kinds:
             return "a tensor's shape or kind"  # it may be frozen where it is
         self.last = now
         return None
