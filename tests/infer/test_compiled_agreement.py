@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from pyro_nondiff.estimators import REINFORCE
 from pyro_nondiff.infer import TraceEstimator_ELBO
 from pyro_nondiff.infer.capture.agreement import agree
+from tests.infer.reading_programs import guide, model_of, runs_eager, training
 from tests.infer.side_by_side import Training, same
-from tests.infer.test_compiled_changes import guide, model_of, runs_eager, training
 
 pytestmark = pytest.mark.usefixtures("param_store")
 

@@ -2,8 +2,7 @@
 
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,41 +11,27 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-from pyro_nondiff.errors import NonDiffWarning
 from pyro_nondiff.estimators import REINFORCE, RLOO
 from pyro_nondiff.infer import CompiledSVI, TraceEstimator_ELBO
+from tests.infer.reading_programs import (
+    Change,
+    Place,
+    Read,
+    check_watched,
+    guide,
+    model_of,
+    one_warning,
+    runs_eager,
+    training,
+)
 from tests.infer.side_by_side import Training, compiled, same, train
 
 pytestmark = pytest.mark.usefixtures("param_store")
 
 BETA = 0.5
-Read = Callable[[], Any]
-Change = Callable[[int], None]
-
-
-def guide(*args: Any) -> None:
-    pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.3))))
-
-
-def model_of(read: Read) -> Callable[..., None]:
-    """A model whose cost is scaled by what is read at each step."""
-
-    def model(*args: Any) -> None:
-        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
-        pyro.factor("cost", -read() * (z - 0.2) ** 2)
-
-    return model
-
-
-def training(
-    model: Callable[..., None], change: Change = lambda step: None, estimator: Any = None
-) -> Training:
-    elbo = TraceEstimator_ELBO(estimator or RLOO(2))
-    return Training(model, guide, elbo, between=lambda step, optim: change(step))
 
 
 # --- places: each is a way to read a number, and to change it --------------------------------
@@ -198,25 +183,8 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("place", NUMBERS, ids=lambda place: place.__name__)
-def test_numbers_are_watched(place: Callable[[], tuple[Read, Change]]) -> None:
-    def make() -> Training:
-        read, change = place()
-        return training(model_of(read), change)
-
-    assert same(make, steps=12).num_recordings > 1
-
-
-def test_losses_of_the_places_do_change() -> None:
-    """What they change matters: with a first value kept, the test above would fail."""
-    for place in NUMBERS:
-        read, change = place()
-        with poutine.trace() as before:
-            first = read()
-        change(3)
-        with poutine.trace() as after:
-            second = read()
-        scales = [t.trace.nodes.get("more", {}).get("scale") for t in (before, after)]
-        assert (first, scales[0]) != (second, scales[1]), place.__name__
+def test_numbers_are_watched(place: Place) -> None:
+    check_watched(place)
 
 
 # --- tensors: changed in place or by assignment, they are inputs of one recording -------------
@@ -331,22 +299,6 @@ def test_arguments_by_value() -> None:
 
 
 # --- what is not recorded ---------------------------------------------------------------------
-
-
-@contextmanager
-def one_warning(match: str) -> Iterator[None]:
-    with pytest.warns(NonDiffWarning, match=match) as record:
-        yield
-    assert len(record) == 1
-
-
-def runs_eager(make: Callable[[], Training], match: str, steps: int = 8) -> None:
-    """It trains as SVI does, and says once why it is not recorded."""
-    eager = train(make, SVI, steps)
-    with one_warning(match):
-        found = train(make, compiled("replay"), steps)
-    torch.testing.assert_close(found.losses, eager.losses)
-    torch.testing.assert_close(found.parameters, eager.parameters)
 
 
 def test_a_branch_on_a_sample() -> None:

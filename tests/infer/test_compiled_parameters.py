@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pyro_nondiff.estimators import RLOO
 from pyro_nondiff.infer import TraceEstimator_ELBO
+from tests.infer.reading_programs import runs_eager
 from tests.infer.side_by_side import Training, compiled, same, train
-from tests.infer.test_compiled_changes import runs_eager
 
 pytestmark = pytest.mark.usefixtures("param_store")
 
