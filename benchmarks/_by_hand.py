@@ -1,6 +1,7 @@
 """Hand-written gradients, recorded and compiled as a whole, and stepped by one fused Adam."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from _timing import Step
@@ -22,15 +23,25 @@ def leave_one_out(costs: Tensor) -> Tensor:
     return (costs - costs.mean(-1, keepdim=True)) / (costs.shape[-1] - 1)
 
 
-def compiled(function: Gradients, example: Sequence[Tensor], backend: str) -> Gradients:
-    """The function as one graph, compiled by inductor with the draws of eager mode, or replayed."""
+def compiled(
+    function: Gradients, example: Sequence[Tensor], options: dict[str, Any] | None
+) -> Gradients:
+    """The function as one graph, compiled by inductor, under CUDA graphs on a GPU.
+
+    Arguments:
+        function: What is compiled.
+        example: Tensors as it will get.
+        options: Of inductor; None replays the recorded operations one by one.
+    """
     with torch.no_grad():
         graph = make_fx(function, tracing_mode="fake")(*example)
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        if backend == "replay":
+        if options is None:
             return graph
-        return torch._inductor.compile(graph, list(example), options={"fallback_random": True})
+        if any(tensor.is_cuda for tensor in example):
+            options = {**options, "triton.cudagraphs": True}
+        return torch._inductor.compile(graph, list(example), options=options)
 
 
 def step_of(
@@ -51,7 +62,8 @@ def step_of(
         learning_rate: Of Adam.
         backend: ``"inductor"``, or ``"replay"`` for a test.
     """
-    call = compiled(function, [*parameters, *given, *states], backend)
+    options = None if backend == "replay" else {"fallback_random": True}  # eager mode's draws
+    call = compiled(function, [*parameters, *given, *states], options)
     adam = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     held = list(states)
     count = len(parameters)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import product
 
 import torch
+from _checks import require
 from _hand_vae import TEMPERATURE, Program, eager, program_of
 from _vae import VAE
 from torch import Tensor
@@ -56,12 +57,6 @@ def check_references(make: dict[str, Callable[[], AbstractEstimator]], device: s
                 found = f"mean gradient against 32 states: largest |z| {worst:.1f}"
             lines.append(f"{name}: ours with the same noise to {apart:.0e}; {found}")
     return lines
-
-
-def require(met: bool, otherwise: str) -> None:
-    """Stops the benchmark where a check fails, also under ``python -O``."""
-    if not met:
-        raise AssertionError(otherwise)
 
 
 @contextmanager

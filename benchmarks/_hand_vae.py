@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from _by_hand import compiled
 from _vae import VAE
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import leaky_relu, linear, softplus
 
 DECAY = 0.9
@@ -283,16 +283,8 @@ def _recorded(
         *rest, batch = given
         for old, new in zip(tensors, rest, strict=True):
             new.requires_grad_(old.requires_grad)
-        loss, grads = eager(name, program.with_tensors(rest), batch)
+        with torch.enable_grad():
+            loss, grads = eager(name, program.with_tensors(rest), batch)
         return (loss.detach(), *(g.detach() for g in grads))
 
-    example = [*(t.detach() for t in tensors), x]
-    with torch.enable_grad():
-        graph = make_fx(function, tracing_mode="fake")(*example)
-    if options is None:
-        return graph.forward
-    if x.is_cuda:
-        options = {**options, "triton.cudagraphs": True}
-    with torch.no_grad():
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, example, options=options)
-    return compiled
+    return compiled(function, [*(t.detach() for t in tensors), x], options)

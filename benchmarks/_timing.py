@@ -73,6 +73,21 @@ def ratio_table(times: Times, to: list[str]) -> Iterator[str]:
         yield f"| {name} | {spread(times[name])} | {' | '.join(cells)} |"
 
 
+def growth(all_times: dict[int, Times], name: str) -> list[float]:
+    """Time a site in the longest chain, over that in the second longest; 1 is linear growth.
+
+    Both are counted from the shortest chain, so that what a step costs without sites drops out. A
+    number of samples is as good as a length.
+    """
+    first, *_, middle, last = sorted(all_times)
+
+    def slopes(length: int) -> list[float]:
+        pairs = zip(all_times[length][name], all_times[first][name], strict=True)
+        return [(long - short) / (length - first) for long, short in pairs]
+
+    return [a / b for a, b in zip(slopes(last), slopes(middle), strict=True)]
+
+
 def cpu_seconds() -> float:
     """The time of this process and of the compilers that it has called."""
     times = os.times()

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import pyro
 import torch
 from _vae import VAE, vae_batch
 from pyro.infer import TraceGraph_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_nondiff.estimators import RLOO, AbstractEstimator
 from pyro_nondiff.infer import TraceEstimator_ELBO
@@ -18,6 +18,19 @@ BATCH = 50
 AVERAGE = "__baseline_avg_downstream_cost_z"
 
 Draw = Callable[[], Tensor]
+
+
+class Networks(Protocol):
+    """A model and a guide, with their networks."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def model(self, x: Tensor) -> None:
+        """Draw bits, then pixels."""
+
+    def guide(self, x: Tensor) -> None:
+        """Draw bits from pixels."""
 
 
 def encoder_variances(
@@ -45,17 +58,18 @@ def encoder_variances(
     found = {}
     vae = VAE("variance of Pyro", pyro_average, args.device, sizes)
     vae.copy_weights(trained)
-    found[graph] = _variance(_pyro_draw(vae, images, batch, args.adapt), args.draws)
+    found[graph] = variance(_pyro_draw(vae, images, batch, args.adapt), args.draws)
     for name, make in makers.items():
         vae = VAE(f"variance {name}", {}, args.device, sizes, site=f"z of variance {name}")
         vae.copy_weights(trained)
         elbo = TraceEstimator_ELBO(make())
-        _adapt(elbo, vae, images, args.adapt)
-        found[name] = _variance(_our_draw(elbo, vae, batch), args.draws)
+        adapt(elbo, vae, images, args.adapt)
+        found[name] = variance(encoder_gradient(elbo, vae, batch), args.draws)
     return found
 
 
-def _some(images: Tensor) -> Tensor:
+def some(images: Tensor) -> Tensor:
+    """A batch of them."""
     return images[torch.randint(len(images), (BATCH,), device=images.device)]
 
 
@@ -65,19 +79,20 @@ def _checkpoint(sizes: tuple[int, ...], images: Tensor, args: argparse.Namespace
     optim = pyro.optim.Adam({"lr": 1e-3})
     svi = CompiledSVI(vae.model, vae.guide, optim, elbo, backend=args.backend)
     for _ in range(args.train):
-        svi.step(_some(images))
+        svi.step(some(images))
     return vae
 
 
-def _clear(vae: VAE) -> None:
+def _clear(vae: Networks) -> None:
     vae.encoder.zero_grad()
     vae.decoder.zero_grad()
 
 
-def _adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor, steps: int) -> None:
+def adapt(elbo: TraceEstimator_ELBO, vae: Networks, images: Tensor, steps: int) -> None:
+    """Trains what the estimators learn, and nothing else."""
     optimiser: torch.optim.Optimizer | None = None
     for step in range(steps):
-        elbo.loss_and_grads(vae.model, vae.guide, _some(images))
+        elbo.differentiable_loss(vae.model, vae.guide, some(images)).backward()
         if learnt := list(elbo.states.parameters()):
             optimiser = optimiser or torch.optim.Adam(learnt, lr=1e-2)
             optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
@@ -86,7 +101,8 @@ def _adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor, steps: int) -> N
         _clear(vae)
 
 
-def _our_draw(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Draw:
+def encoder_gradient(elbo: TraceEstimator_ELBO, vae: Networks, batch: Tensor) -> Draw:
+    """Draws the encoder's gradient, flat; what is learnt does not move."""
     encoder = list(vae.encoder.parameters())
 
     def draw() -> Tensor:
@@ -100,7 +116,7 @@ def _our_draw(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Draw:
 def _pyro_draw(vae: VAE, images: Tensor, batch: Tensor, steps: int) -> Draw:
     elbo, store = TraceGraph_ELBO(), pyro.get_param_store()
     for _ in range(steps):
-        elbo.loss_and_grads(vae.model, vae.guide, _some(images))
+        elbo.loss_and_grads(vae.model, vae.guide, some(images))
     average = store[AVERAGE].detach().clone()
 
     def draw() -> Tensor:
@@ -113,8 +129,8 @@ def _pyro_draw(vae: VAE, images: Tensor, batch: Tensor, steps: int) -> Draw:
     return draw
 
 
-def _variance(draw: Draw, count: int) -> float:
-    """Summed over the elements."""
+def variance(draw: Draw, count: int) -> float:
+    """The variance of a gradient, summed over its elements."""
     total = square = torch.zeros(())
     for _ in range(count):
         gradient = draw().double()

@@ -16,14 +16,25 @@ from functools import partial
 
 import pyro
 import torch
+from _arguments import parsed, timing_parser
 from _by_hand import step_of
 from _chain import Chain
 from _chain_by_hand import at_once, by_site, check, reinforce, rloo
 from _checks import check_recorded
-from _timing import Step, Times, cold_compiler, cpu_seconds, measure, quiet_machine, ratios, spread
+from _settings import DECAY, GRAPH, LEARNING_RATE, PYRO_AVERAGE, TRACE
+from _timing import (
+    Step,
+    Times,
+    cold_compiler,
+    cpu_seconds,
+    growth,
+    measure,
+    quiet_machine,
+    ratios,
+    spread,
+)
 from pyro.infer import ELBO, SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam
-from svi_step import DECAY, GRAPH, LEARNING_RATE, PYRO_AVERAGE, TRACE, growth
 from torch.distributions import Bernoulli, Normal
 from tqdm.auto import tqdm
 
@@ -233,18 +244,12 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, or check."""
-    parser = argparse.ArgumentParser(description="Time a step on chains of sites.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser = timing_parser("Time a step on chains of sites.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 5, 10, 20, 50])
     parser.add_argument(
         "--backends", nargs="+", default=["inductor", "replay"], choices=["inductor", "replay"]
     )
-    parser.add_argument("--smoke", action="store_true", help="check, and time nothing")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    args = parsed(parser)
     pyro.set_rng_seed(0)
     with quiet_machine(validation=True):
         smoke(args) if args.smoke else report(args)

@@ -14,15 +14,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from _hand_checks import check_references, require
+from _arguments import parsed, timing_parser
+from _checks import check_recorded, check_waiting, require
+from _hand_checks import check_references
 from _hand_vae import TEMPERATURE, HandStep
 from _memory import peak_bytes
 from _peers import storchastic_step
-from _smoke_compiled import check_step, check_waiting
+from _settings import DECAY, GRAPH, LEARNING_RATE, PYRO_AVERAGE, TRACE
 from _timing import Step, Times, measure, quiet_machine, ratios, spread
 from _vae import LINEAR, NONLINEAR, VAE, vae_batch
 from _variance import encoder_variances
@@ -45,11 +48,9 @@ from pyro_nondiff.infer import TraceEstimator_ELBO
 from pyro_nondiff.infer.capture.backends import Backend
 from pyro_nondiff.infer.compiled import CompiledSVI
 
-LEARNING_RATE = 1e-3
-DECAY = 0.9
-PYRO_AVERAGE = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": DECAY}}
 SIZES = {"linear": LINEAR, "nonlinear": NONLINEAR}
 TINY = (784, 8)
+CHECKED = (12, 9, 8)
 
 MAKE: dict[str, Callable[[], AbstractEstimator]] = {
     "REINFORCE": lambda: REINFORCE(MovingAverage(DECAY)),
@@ -59,8 +60,6 @@ MAKE: dict[str, Callable[[], AbstractEstimator]] = {
     "RELAX": lambda: RELAX(temperature=TEMPERATURE),
     "StraightThrough": lambda: StraightThrough("gumbel", temperature=TEMPERATURE),
 }
-GRAPH = "Pyro TraceGraph_ELBO + average"
-TRACE = "Pyro Trace_ELBO"
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "torch's draws": {"fallback_random": True},
     "inductor's draws": {},
@@ -260,10 +259,9 @@ def _target(what: str, found: float, limit: float, at_least: bool) -> str:
 
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
-    parser = argparse.ArgumentParser(description="Time a compiled step of a VAE.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser = timing_parser(
+        "Time a compiled step of a VAE.", "check on a tiny VAE, time nothing", rounds=15
+    )
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[50, 500])
     parser.add_argument("--estimators", nargs="+", choices=list(MAKE), default=list(MAKE))
@@ -273,13 +271,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--draws", type=int, default=150, help="of a gradient, for its variance")
     parser.add_argument("--backend", choices=["inductor", "replay"], default="inductor")
-    parser.add_argument("--smoke", action="store_true", help="check on a tiny VAE, time nothing")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, found {args.rounds}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
-    return args
+    return parsed(parser)
 
 
 def warm_up(device: str) -> None:
@@ -290,9 +282,10 @@ def warm_up(device: str) -> None:
 
 def smoke(args: argparse.Namespace) -> None:
     """What is exact about a step, on a tiny VAE, and that all tables can be made."""
-    print(check_waiting(args.device))
+    x = torch.rand(10, CHECKED[0], device=args.device).round()
+    print(check_waiting(partial(_checked, args.estimators[0], args.device), (x,)))
     for name in args.estimators:
-        print(check_step(name, MAKE[name], args.device))
+        print(f"{name}: {check_recorded(partial(_checked, name, args.device), (x,))}")
     args.rounds, args.seconds, args.train, args.adapt, args.draws = 1, 0.0, 3, 3, 3
     args.backend = "replay"
     settings = {("tiny", size): run_setting("tiny", TINY, size, args) for size in (6, 50)}
@@ -303,6 +296,12 @@ def smoke(args: argparse.Namespace) -> None:
     _require_rows(list(variance_table(variances, setting)), args.estimators)
     _require_rows(list(target_table(settings, {"tiny": variances})), ["tiny, batch 50"])
     print("all tables can be made")
+
+
+def _checked(name: str, device: str) -> tuple[Any, Any, TraceEstimator_ELBO]:
+    """A tiny VAE with one more layer, and an objective."""
+    vae = VAE("checked", {}, device, CHECKED)
+    return vae.model, vae.guide, TraceEstimator_ELBO(MAKE[name]())
 
 
 def _makers(args: argparse.Namespace) -> dict[str, Callable[[], AbstractEstimator]]:

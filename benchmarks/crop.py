@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from svi_step import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
+from _arguments import parsed, timing_parser
+from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
@@ -147,15 +148,11 @@ def targets(times: Times) -> Iterator[str]:
 
 def main() -> None:
     """Measure, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description="Time a differentiable crop.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser = timing_parser("Time a differentiable crop.", "small, and check the results")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--to-image", action="store_true", help="with the gradient to the images")
-    parser.add_argument("--smoke", action="store_true", help="small, and check the results")
-    args = parser.parse_args()
+    args = parsed(parser)
     torch.manual_seed(0)
     if args.smoke:
         args.rounds, args.seconds, args.batch = 1, 0.001, 2

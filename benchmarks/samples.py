@@ -18,12 +18,24 @@ from itertools import product
 
 import pyro
 import torch
+from _arguments import parsed, timing_parser
 from _by_hand import Gradients, bernoulli, leave_one_out, step_of
 from _checks import check_recorded
-from _timing import Step, Times, cold_compiler, cpu_seconds, measure, quiet_machine, ratios, spread
+from _settings import LEARNING_RATE
+from _timing import (
+    Step,
+    Times,
+    cold_compiler,
+    cpu_seconds,
+    growth,
+    measure,
+    quiet_machine,
+    ratios,
+    spread,
+)
+from _vae import VAE, vae_batch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
-from svi_step import LEARNING_RATE, VAE, growth, vae_batch
 from torch import Tensor
 from torch.nn.functional import softplus
 from torch.testing import assert_close
@@ -211,17 +223,11 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, or check."""
-    parser = argparse.ArgumentParser(description="Time a step for numbers of samples.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser = timing_parser("Time a step for numbers of samples.")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--backend", default="inductor", choices=["inductor", "replay"])
-    parser.add_argument("--smoke", action="store_true", help="check, and time nothing")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    args = parsed(parser)
     pyro.set_rng_seed(0)
     with quiet_machine(validation=True):
         smoke(args) if args.smoke else report(args)

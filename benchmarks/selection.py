@@ -6,10 +6,9 @@ It measures as ``svi_step.py`` does, see ``README.md`` beside this file.
     python benchmarks/selection.py --device cuda
 """
 
-import argparse
-
 import torch
-from svi_step import Step, measure, quiet_machine, ratio_table
+from _arguments import parsed, timing_parser
+from _timing import Step, measure, quiet_machine, ratio_table
 from torch import Tensor, nn
 
 from pyro_nondiff.handlers import soften
@@ -70,12 +69,10 @@ def check(device: str) -> None:
 
 def main() -> None:
     """Measure, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description="Time hard selection against the soft sum.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
-    parser.add_argument("--smoke", action="store_true", help="short, and check the results")
-    args = parser.parse_args()
+    parser = timing_parser(
+        "Time hard selection against the soft sum.", "short, and check the results"
+    )
+    args = parsed(parser)
     torch.manual_seed(0)
     if args.smoke:
         args.rounds, args.seconds = 1, 0.001

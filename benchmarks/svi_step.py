@@ -17,8 +17,19 @@ from typing import Any
 
 import pyro
 import torch
+from _arguments import parsed, timing_parser
 from _chain import Chain
-from _timing import Step, Times, measure, quiet_machine, ratio_table, ratios, spread
+from _settings import DECAY, GRAPH, LEARNING_RATE, PYRO_AVERAGE, TRACE
+from _timing import (
+    Step,
+    Times,
+    growth,
+    measure,
+    quiet_machine,
+    ratio_table,
+    ratios,
+    spread,
+)
 from _vae import VAE, vae_batch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam, PyroOptim
@@ -28,13 +39,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from pyro_nondiff.estimators import REINFORCE, RLOO, DisARM, MovingAverage
 from pyro_nondiff.infer import TraceEstimator_ELBO
 
-DECAY = 0.9
-LEARNING_RATE = 1e-3
-PYRO_AVERAGE = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": DECAY}}
-
 HAND = "hand-written PyTorch, REINFORCE + average"
-TRACE = "Pyro Trace_ELBO"
-GRAPH = "Pyro TraceGraph_ELBO + average"
 TRACE_2 = "Pyro Trace_ELBO, 2 vectorised particles"
 OURS = "REINFORCE + MovingAverage"
 RLOO_2 = "RLOO(2)"
@@ -153,20 +158,6 @@ def chain_table(all_times: dict[int, Times]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def growth(all_times: dict[int, Times], name: str) -> list[float]:
-    """Time a site in the longest chain, over that in the second longest; 1 is linear growth.
-
-    Both are counted from the shortest chain, so that what a step costs without sites drops out.
-    """
-    first, *_, middle, last = sorted(all_times)
-
-    def slopes(length: int) -> list[float]:
-        pairs = zip(all_times[length][name], all_times[first][name], strict=True)
-        return [(long - short) / (length - first) for long, short in pairs]
-
-    return [a / b for a, b in zip(slopes(last), slopes(middle), strict=True)]
-
-
 def targets(vae: Times, chains: dict[int, Times]) -> Iterator[str]:
     """What was asked for, and what was found."""
     asked = []
@@ -187,24 +178,16 @@ def targets(vae: Times, chains: dict[int, Times]) -> Iterator[str]:
 
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
-    parser = argparse.ArgumentParser(description="Time a step of training.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each timing")
+    parser = timing_parser("Time a step of training.", "short, and check that all train")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 5, 10, 20, 50])
     parser.add_argument(
         "--no-optimiser", action="store_true", help="time the objective and its gradient alone"
     )
     parser.add_argument("--only", choices=["vae", "chains"])
-    parser.add_argument("--smoke", action="store_true", help="short, and check that all train")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.smoke:
         args.rounds, args.seconds, args.lengths = 1, 0.0, [1, 2, 3]
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, found {args.rounds}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
     return args
 
 

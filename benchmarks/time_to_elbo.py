@@ -24,12 +24,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _arguments import parsed, parser
 from _checks import check_recorded
 from _runs import BIASED, PYRO, Run, levels, picture, table, verdict
+from _settings import PYRO_AVERAGE
 from _timing import Step, cold_compiler, cpu_seconds, quiet_machine
+from _vae import VAE, vae_batch
 from pyro.infer import ELBO, SVI, TraceGraph_ELBO
 from pyro.optim import Adam
-from svi_step import PYRO_AVERAGE, VAE, vae_batch
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -248,24 +250,18 @@ def measure(args: argparse.Namespace) -> None:
 
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
-    parser = argparse.ArgumentParser(description="Time training to a given ELBO.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="a folder for the results"
-    )
-    parser.add_argument("--minutes", type=float, default=10, help="of Pyro's training")
-    parser.add_argument("--limit", type=float, default=0.4, help="of the others, of that time")
-    parser.add_argument("--every", type=float, default=2, help="seconds between evaluations")
-    parser.add_argument("--images", type=int, default=1000, help="of each evaluation")
-    parser.add_argument("--samples", type=int, default=20, help="for each image")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--only", nargs="+", choices=[PYRO, *ESTIMATORS])
-    parser.add_argument("--backend", default="inductor", choices=["inductor", "replay", "eager"])
-    parser.add_argument("--smoke", action="store_true", help="check, and time nothing")
-    args = parser.parse_args()
+    made = parser("Time training to a given ELBO.")
+    made.add_argument("--out", type=Path, default=Path("results"), help="a folder for the results")
+    made.add_argument("--minutes", type=float, default=10, help="of Pyro's training")
+    made.add_argument("--limit", type=float, default=0.4, help="of the others, of that time")
+    made.add_argument("--every", type=float, default=2, help="seconds between evaluations")
+    made.add_argument("--images", type=int, default=1000, help="of each evaluation")
+    made.add_argument("--samples", type=int, default=20, help="for each image")
+    made.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    made.add_argument("--only", nargs="+", choices=[PYRO, *ESTIMATORS])
+    made.add_argument("--backend", default="inductor", choices=["inductor", "replay", "eager"])
+    args = parsed(made)
     args.only = args.only or [PYRO, *ESTIMATORS]
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
     return args
 
 

@@ -13,16 +13,17 @@ import copy
 import gzip
 import os
 import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _arguments import parsed, timing_parser
+from _timing import measure, quiet_machine, ratios
+from _variance import BATCH, adapt, encoder_gradient, some, variance
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -91,71 +92,21 @@ def load() -> Tensor:
     return (images > 0.5).float()
 
 
-def train(vae: VAE, images: Tensor, steps: int, device: str) -> None:
+def train(vae: VAE, images: Tensor, steps: int) -> None:
     """Moves the VAE to the checkpoint."""
     elbo = TraceEstimator_ELBO(RLOO(4))
     optimiser = torch.optim.Adam(vae.parameters(), lr=1e-3)
     for _ in tqdm(range(steps), desc="checkpoint"):
-        batch = images[torch.randint(len(images), (50,))].to(device)
         optimiser.zero_grad()
-        elbo.differentiable_loss(vae.model, vae.guide, batch).backward()
+        elbo.differentiable_loss(vae.model, vae.guide, some(images)).backward()
         optimiser.step()
 
 
-def adapt(elbo: TraceEstimator_ELBO, vae: VAE, images: Tensor, steps: int, device: str) -> None:
-    """Trains what the estimators learn, and nothing else."""
-    frozen = copy.deepcopy(vae.state_dict())
-    optimiser: torch.optim.Optimizer | None = None
-    for step in range(steps):
-        batch = images[torch.randint(len(images), (50,))].to(device)
-        elbo.differentiable_loss(vae.model, vae.guide, batch).backward()
-        parameters = list(elbo.states.parameters())
-        if parameters:
-            optimiser = optimiser or torch.optim.Adam(parameters, lr=1e-2)
-            for group in optimiser.param_groups:
-                group["lr"] = 1e-2 * (1 - step / steps)
-            optimiser.step()
-            optimiser.zero_grad()
-        vae.zero_grad()
+def check_still(vae: VAE, frozen: dict[str, Tensor]) -> None:
+    """The VAE is where it was while estimators learnt."""
     for key, value in vae.state_dict().items():
         if not torch.equal(value, frozen[key]):
             raise RuntimeError(f"{key} of the VAE has moved")
-
-
-def encoder_gradient(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Tensor:
-    """One draw of the encoder's gradient, flat."""
-    loss = elbo.differentiable_loss(vae.model, vae.guide, batch)
-    gradients = torch.autograd.grad(loss, list(vae.encoder.parameters()))
-    return torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def variance(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor, draws: int) -> float:
-    """The variance of the encoder's gradient, summed over its elements."""
-    total: Any = 0.0
-    square: Any = 0.0
-    for _ in range(draws):
-        gradient = encoder_gradient(elbo, vae, batch).double()
-        total, square = total + gradient, square + gradient**2
-    return float(((square - total**2 / draws) / (draws - 1)).sum())
-
-
-def times(
-    steps: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Milliseconds of each step, interleaved in random order."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for _ in range(rounds):
-        for index in torch.randperm(len(names)).tolist():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(5):
-                steps[names[index]]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            found[names[index]].append((time.perf_counter() - start) * 200)
-    return found
 
 
 def full_step(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Callable[[], object]:
@@ -168,26 +119,27 @@ def full_step(elbo: TraceEstimator_ELBO, vae: VAE, batch: Tensor) -> Callable[[]
     return step
 
 
-def measure(name: str, images: Tensor, options: argparse.Namespace) -> None:
+def report(name: str, images: Tensor, options: argparse.Namespace) -> None:
     """Prints the table of one model."""
     torch.manual_seed(0)
     vae = VAE(hidden=0 if name == "linear" else 2).to(options.device)
-    train(vae, images, options.train, options.device)
-    batch = images[:50].to(options.device)
+    images = images.to(options.device)
+    train(vae, images, options.train)
+    frozen = copy.deepcopy(vae.state_dict())
+    batch = images[:BATCH]
     elbos = {key: TraceEstimator_ELBO(make()) for key, make in ESTIMATORS.items()}
     variances = {}
     for key, elbo in tqdm(elbos.items(), desc=name):
-        adapt(elbo, vae, images, options.adapt, options.device)
-        variances[key] = variance(elbo, vae, batch, options.draws)
+        adapt(elbo, vae, images, options.adapt)
+        check_still(vae, frozen)
+        variances[key] = variance(encoder_gradient(elbo, vae, batch), options.draws)
     steps = {key: full_step(elbo, vae, batch) for key, elbo in elbos.items()}
-    measured = times(steps, options.rounds, options.device)
+    measured = measure(steps, options.rounds, options.seconds, options.device)
     print(f"\n{name} VAE, batch 50, {options.draws} draws\n")
     print("| estimator | variance | ms (min..max) | time | variance x time |")
     print("|---|---|---|---|---|")
     for key in elbos:
-        ratio = statistics.median(
-            a / b for a, b in zip(measured[key], measured["RLOO(2)"], strict=True)
-        )
+        ratio = statistics.median(ratios(measured, key, "RLOO(2)"))
         relative = variances[key] / variances["RLOO(2)"] * ratio
         ms = measured[key]
         print(
@@ -203,23 +155,21 @@ def measure(name: str, images: Tensor, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the options and measures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing_parser(
+        "Measure variance and time of gradients.", "short, and check that the VAE keeps still", 15
+    )
     parser.add_argument("--models", nargs="+", default=["linear", "nonlinear"])
     parser.add_argument("--train", type=int, default=1000, help="steps to the checkpoint")
     parser.add_argument("--adapt", type=int, default=600, help="steps of what estimators learn")
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="short, and check the variances")
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.smoke:
         options.models, options.train, options.adapt = ["linear"], 3, 3
-        options.draws, options.rounds = 3, 1
-    torch.set_num_threads(1)
-    pyro.enable_validation(False)
+        options.draws, options.rounds, options.seconds = 3, 1, 0.0
     images = load()
-    for name in options.models:
-        measure(name, images, options)
+    with quiet_machine():
+        for name in options.models:
+            report(name, images, options)
 
 
 if __name__ == "__main__":
