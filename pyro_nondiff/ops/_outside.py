@@ -1,7 +1,7 @@
 """What lies outside the program: functions that are no maths of tensors, and costs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -63,46 +63,49 @@ def external(
         tensor(3)
     """
     rows, batch = _rows(name, args, event_dim)
-    shape = tuple(shape)
-    found = call_outside(name, fn, rows, batch.numel(), shape, batched)
-    return found.reshape(batch + shape)
+    asked = Asked(name, fn, rows, batch.numel(), tuple(shape), batched)
+    return call_outside(asked).reshape(batch + asked.shape)
 
 
-def call_outside(
-    name: str,
-    fn: Callable[..., Any],
-    rows: Sequence[Any],
-    count: int,
-    shape: tuple[int, ...],
-    batched: bool,
-) -> Tensor:
-    """All calls of an op, with what they answer put together.
-
-    As one call it is seen by a ``TorchFunctionMode``.
+class Asked(NamedTuple):
+    """What an op asks of what lies outside.
 
     Arguments:
         name: The op's name.
         fn: What is called.
         rows: Its arguments; tensors have one batch dimension.
-        count: The size of the batch.
+        size: The size of the batch.
         shape: The shape of what one call returns.
         batched: Whether it is called once for all.
     """
+
+    name: str
+    fn: Callable[..., Any]
+    rows: Sequence[Any]
+    size: int
+    shape: tuple[int, ...]
+    batched: bool
+
+
+def call_outside(asked: Asked) -> Tensor:
+    """All calls of an op, with what they answer put together.
+
+    As one call it is seen by a ``TorchFunctionMode``.
+    """
+    name, fn, rows, size, shape, batched = asked
     tensors = tuple(x for x in rows if isinstance(x, Tensor))
     if has_torch_function(tensors):
-        seen: Tensor = handle_torch_function(
-            call_outside, tensors, name, fn, rows, count, shape, batched
-        )
+        seen: Tensor = handle_torch_function(call_outside, tensors, asked)
         return seen
     floats = (x for x in tensors if x.is_floating_point())
     dtype = next(floats, torch.empty(())).dtype
     with torch.no_grad(), block():
         if batched:
             found = _answer(name, fn, rows)
-            _check_shape(name, found, (count, *shape))
+            _check_shape(name, found, (size, *shape))
         else:
             answers = []
-            for n in range(count):
+            for n in range(size):
                 one = [x[n] if isinstance(x, Tensor) else x for x in rows]
                 answers.append(_answer(name, fn, one))
                 _check_shape(name, answers[-1], shape)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ...errors import NonDiffError
-from ...ops._outside import call_outside
+from ...ops._outside import Asked, call_outside
 
 _calls: WeakValueDictionary[int, "OutsideCall"] = WeakValueDictionary()
 _numbers = count()
@@ -37,22 +37,12 @@ class OutsideCall:
     """One call of an ``external`` op in a recorded step.
 
     Arguments:
-        name: The op's name.
-        fn: What is called.
-        rows: Its arguments, with :data:`TENSOR` for each tensor.
-        size: The size of the batch.
-        shape: The shape of what one call returns.
-        batched: Whether it is called once for all.
+        asked: What the op asks, with :data:`TENSOR` for each tensor.
         dtype: Of what it answered when the step ran.
         answer: What to answer in its place, if anything.
     """
 
-    name: str
-    fn: Callable[..., Any]
-    rows: Sequence[Any]
-    size: int
-    shape: tuple[int, ...]
-    batched: bool
+    asked: Asked
     dtype: torch.dtype
     answer: Tensor | None = None
 
@@ -61,14 +51,14 @@ class OutsideCall:
         if self.answer is not None:
             return self.answer.clone()
         given = iter(tensors)
-        rows = [next(given) if row is TENSOR else row for row in self.rows]
-        found = call_outside(self.name, self.fn, rows, self.size, self.shape, self.batched)
+        rows = [next(given) if row is TENSOR else row for row in self.asked.rows]
+        found = call_outside(self.asked._replace(rows=rows))
         if self.dtype.is_floating_point and not found.is_complex():
             found = found.to(self.dtype)  # a price may be a whole number once
         if found.dtype != self.dtype:
             raise NonDiffError(
-                f"op '{self.name}' returned {found.dtype}, and {self.dtype} when its step was "
-                "recorded. Return numbers of one kind."
+                f"op '{self.asked.name}' returned {found.dtype}, and {self.dtype} when its step "
+                "was recorded. Return numbers of one kind."
             )
         return found
 
@@ -91,9 +81,9 @@ class NoteOutside(TorchFunctionMode):
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         if func is call_outside:
-            name, fn, *_ = args
-            self.functions.append(fn)
-            self.dtypes[name] = found.dtype
+            (asked,) = args
+            self.functions.append(asked.fn)
+            self.dtypes[asked.name] = found.dtype
             self.answers.append(found)
         return found
 
@@ -121,25 +111,17 @@ class RecordOutside(TorchFunctionMode):
             return self._record(*args)
         return func(*args, **(kwargs or {}))
 
-    def _record(
-        self,
-        name: str,
-        fn: Callable[..., Any],
-        rows: Sequence[Any],
-        size: int,
-        shape: tuple[int, ...],
-        batched: bool,
-    ) -> Tensor:
-        if name not in self.dtypes:
-            raise NonDiffError(f"op '{name}' is met at some steps and not at others")
-        if _holds_fake(fn):
+    def _record(self, asked: Asked) -> Tensor:
+        if asked.name not in self.dtypes:
+            raise NonDiffError(f"op '{asked.name}' is met at some steps and not at others")
+        if _holds_fake(asked.fn):
             raise NonDiffError(
-                f"op '{name}' calls a function that holds a tensor of the step. Give it as an "
-                "argument of the op"
+                f"op '{asked.name}' calls a function that holds a tensor of the step. Give it as "
+                "an argument of the op"
             )
-        tensors = [row for row in rows if isinstance(row, Tensor)]
-        rest = [TENSOR if isinstance(row, Tensor) else row for row in rows]
-        call = OutsideCall(name, fn, rest, size, shape, batched, self.dtypes[name])
+        tensors = [row for row in asked.rows if isinstance(row, Tensor)]
+        rest = [TENSOR if isinstance(row, Tensor) else row for row in asked.rows]
+        call = OutsideCall(asked._replace(rows=rest), self.dtypes[asked.name])
         self.calls.append(call)
         number = next(_numbers)
         _calls[number] = call
@@ -168,7 +150,8 @@ def operator() -> Any:
 
     def answer(rows: list[Tensor], call: int) -> Tensor:
         known = _calls[call]
-        return rows[0].new_empty((known.size, *known.shape), dtype=known.dtype)
+        shape = (known.asked.size, *known.asked.shape)
+        return rows[0].new_empty(shape, dtype=known.dtype)
 
     torch.library.register_fake(name, answer)
 
