@@ -17,17 +17,22 @@ project_copyright = author
 version = release = pyro_nondiff.__version__
 
 extensions = [
-    "myst_parser",
+    "gallery",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_design",
     "pictures",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+# A tutorial takes minutes or hours: its page shows what its last full run found.
+nb_execution_mode = "off"
 
 html_theme = "furo"
 html_title = f"pyro_nondiff {release}"
@@ -71,6 +76,7 @@ ROOMS = [
     "distributions",
     "ops",
     "handlers",
+    "nn",
     "noise",
     "diagnostics",
     "testing",

@@ -28,6 +28,7 @@ from . import errors as errors
 from . import estimators as estimators
 from . import handlers as handlers
 from . import infer as infer
+from . import nn as nn
 from . import noise as noise
 from . import ops as ops
 from . import testing as testing
