@@ -126,7 +126,7 @@ class Tutorial:
         self, name: str, train: Callable[..., dict[str, Any]], arguments: Any, seed: int
     ) -> dict[str, Any]:
         path = self.folder / f"{name}, seed {seed}, {self.steps} {self.unit}.pt".replace("/", "_")
-        if path.exists() and not self.args.fresh:
+        if path.exists() and not (self.args.fresh or smoke_test):
             print(f"{name}, seed {seed}: read from {path}")
             return torch.load(path, weights_only=True)
         print(f"{name}, seed {seed}", flush=True)
