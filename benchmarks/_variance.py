@@ -53,7 +53,7 @@ def encoder_variances(
     """
     pyro.clear_param_store()  # Pyro's average has the shape of its batch
     images, _ = vae_batch(10000, args.device)
-    trained = _checkpoint(sizes, images, args)
+    trained = checkpoint(sizes, images, args)
     batch = images[:BATCH]
     found = {}
     vae = VAE("variance of Pyro", pyro_average, args.device, sizes)
@@ -73,7 +73,8 @@ def some(images: Tensor) -> Tensor:
     return images[torch.randint(len(images), (BATCH,), device=images.device)]
 
 
-def _checkpoint(sizes: tuple[int, ...], images: Tensor, args: argparse.Namespace) -> VAE:
+def checkpoint(sizes: tuple[int, ...], images: Tensor, args: argparse.Namespace) -> VAE:
+    """A VAE after some steps of training by RLOO(4)."""
     vae = VAE("checkpoint", {}, args.device, sizes, site="z of checkpoint")
     elbo = TraceEstimator_ELBO(RLOO(4))
     optim = pyro.optim.Adam({"lr": 1e-3})
@@ -129,10 +130,15 @@ def _pyro_draw(vae: VAE, images: Tensor, batch: Tensor, steps: int) -> Draw:
     return draw
 
 
-def variance(draw: Draw, count: int) -> float:
-    """The variance of a gradient, summed over its elements."""
+def moments(draw: Draw, count: int) -> tuple[Tensor, Tensor]:
+    """The sample mean and variance of a gradient, elementwise."""
     total = square = torch.zeros(())
     for _ in range(count):
         gradient = draw().double()
         total, square = total + gradient, square + gradient**2
-    return float(((square - total**2 / count) / (count - 1)).sum())
+    return total / count, (square - total**2 / count) / (count - 1)
+
+
+def variance(draw: Draw, count: int) -> float:
+    """The variance of a gradient, summed over its elements."""
+    return float(moments(draw, count)[1].sum())
