@@ -88,11 +88,14 @@ def _evaluate(item: Tensor | Callable[[], Any]) -> Any:
 
 
 def _take(weights: Tensor, items: Tensor, event_dim: int) -> Tensor:
+    """The items by their places in a flat list: nothing is expanded, forward or backward."""
+    place = items.dim() - event_dim - 1
     index = weights.argmax(-1)
-    index = index.reshape(index.shape + (1,) * (event_dim + 1))
-    rank = max(index.dim(), items.dim())
-    index, items = _lift(index, rank), _lift(items, rank)
-    return torch.take_along_dim(items, index, dim=-1 - event_dim).squeeze(-1 - event_dim)
+    batch, count = items.shape[:place], items.shape[place]
+    first = torch.arange(batch.numel(), device=items.device).reshape(batch) * count
+    places = first + index
+    taken = items.flatten(0, place).index_select(0, places.flatten())
+    return taken.reshape(places.shape + items.shape[place + 1 :])
 
 
 def _sum(weights: Tensor, items: Tensor, event_dim: int) -> Tensor:
@@ -100,10 +103,11 @@ def _sum(weights: Tensor, items: Tensor, event_dim: int) -> Tensor:
     weights, items = weights.to(dtype), items.to(dtype)
     if event_dim == 0:
         return (weights * items).sum(-1)
-    event = items.shape[items.dim() - event_dim :]
-    total = weights.unsqueeze(-2) @ items.flatten(-event_dim)
-    return total.reshape(*total.shape[:-2], *event)
-
-
-def _lift(x: Tensor, rank: int) -> Tensor:
-    return x.reshape((1,) * (rank - x.dim()) + x.shape)
+    place = items.dim() - event_dim - 1
+    event = items.shape[place + 1 :]
+    items = items.flatten(place + 1)
+    if weights.dim() > 1 and place > 0 and items.shape[-3] == 1:
+        total = weights @ items.squeeze(-3)  # rows that share their items are one product
+    else:
+        total = (weights.unsqueeze(-2) @ items).squeeze(-2)
+    return total.reshape(*total.shape[:-1], *event)

@@ -38,6 +38,25 @@ def test_items_may_have_a_batch_that_scores_have_not() -> None:
     assert torch.equal(select("v", SCORES, items, event_dim=1), items[:, 1])
 
 
+@pytest.mark.parametrize("event", [(2,), (2, 3)])
+@pytest.mark.parametrize("handler", [ignore(), soften()], ids=["hard", "soft"])
+def test_rows_that_share_their_items_have_the_value_and_gradient_of_copies(
+    handler: Any, event: tuple[int, ...]
+) -> None:
+    """As attention has it: in each of five worlds, four queries to each of two memories."""
+    scores = torch.randn(5, 2, 4, 3)
+    items = torch.randn(2, 1, 3, *event, requires_grad=True)
+    copies = items.expand(5, 2, 4, 3, *event)
+    with handler:
+        found = select("v", scores, items, event_dim=len(event))
+        expected = select("w", scores, copies, event_dim=len(event))
+    # sums of the same products in another order
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape)
+    gradients = [torch.autograd.grad((v * weight).sum(), items)[0] for v in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def check_gradient_goes_to_the_chosen_item_alone() -> None:
     items = torch.randn(3, 2, requires_grad=True)
     scores = SCORES.clone().requires_grad_()
