@@ -4,4 +4,6 @@ Each is an ordinary ``torch.nn.Module``. What has no derivative in it is an op o
 :mod:`pyro_nondiff.ops`, so that a handler around the program says how it is smoothed.
 """
 
-__all__: list[str] = []
+from .attention import AbstractAttention, AdditiveAttention, DotProductAttention
+
+__all__ = ["AbstractAttention", "AdditiveAttention", "DotProductAttention"]
