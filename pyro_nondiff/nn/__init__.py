@@ -4,6 +4,16 @@ Each is an ordinary ``torch.nn.Module``. What has no derivative in it is an op o
 :mod:`pyro_nondiff.ops`, so that a handler around the program says how it is smoothed.
 """
 
-from .attention import AbstractAttention, AdditiveAttention, DotProductAttention
+from ._batchify import batchify as batchify
+from ._localization import Localization as Localization
+from .attention import AbstractAttention as AbstractAttention
+from .attention import AdditiveAttention as AdditiveAttention
+from .attention import DotProductAttention as DotProductAttention
 
-__all__ = ["AbstractAttention", "AdditiveAttention", "DotProductAttention"]
+__all__ = [
+    "AbstractAttention",
+    "AdditiveAttention",
+    "DotProductAttention",
+    "Localization",
+    "batchify",
+]
