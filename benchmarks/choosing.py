@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pyro
 import torch
 from _arguments import parsed, timing_parser
 from _checks import require
