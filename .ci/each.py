@@ -1,12 +1,14 @@
-"""Run scripts, each in a process of its own, and say how long each took.
+"""Run scripts, each in a process of its own, as many at a time as there are cores, and time them.
 
 python .ci/each.py "tutorials/[0-9]*.py"
 python .ci/each.py "benchmarks/[a-z]*.py" --smoke
 """
 
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 LIMIT = 300.0
@@ -20,19 +22,36 @@ def main() -> None:
     if not scripts:
         sys.exit(f"there is no {pattern}")
     failed = []
-    for script in scripts:
-        start = time.monotonic()
-        command = [sys.executable, str(script), *options]
-        try:
-            code = subprocess.run(command, timeout=LIMIT, check=False).returncode
-            outcome = "passed" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"took longer than {LIMIT:.0f} s"
-        if outcome != "passed":
-            failed.append(script.name)
-        print(f"{script.name}: {outcome}, {time.monotonic() - start:.1f} s", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in as_completed([pool.submit(run, script, options) for script in scripts]):
+            name, passed, report = done.result()
+            print(report, flush=True)
+            if not passed:
+                failed.append(name)
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(sorted(failed))}")
+
+
+def run(script: Path, options: list[str]) -> tuple[str, bool, str]:
+    """The script's name, whether it passed, and what it printed, with how long it took."""
+    start = time.monotonic()
+    command = [sys.executable, str(script), *options]
+    try:
+        ended = subprocess.run(
+            command,
+            timeout=LIMIT,
+            check=False,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        passed, printed = ended.returncode == 0, ended.stdout
+        outcome = "passed" if passed else f"failed with exit code {ended.returncode}"
+    except subprocess.TimeoutExpired as error:
+        passed, printed = False, (error.stdout or b"").decode()
+        outcome = f"took longer than {LIMIT:.0f} s"
+    seconds = time.monotonic() - start
+    return script.name, passed, f"{printed}{script.name}: {outcome}, {seconds:.1f} s"
 
 
 if __name__ == "__main__":
