@@ -176,7 +176,7 @@ def _arguments(name: str, description: str, steps: int, seeds: int) -> argparse.
     parser.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("PYRO_NONDIFF_DATA"),
+        default=os.environ.get("PYRO_NONDIFF_DATA") or None,
         help="the folder with the real data: PYRO_NONDIFF_DATA, where it is set",
     )
     parser.add_argument("--output", type=Path, default=Path("tutorial_output"))
