@@ -128,9 +128,13 @@ def decide(op: Op, name: str, *args: Any, **kwargs: Any) -> Value:
 
 
 def _record(name: str, value: Tensor) -> Tensor:
-    """As ``pyro.deterministic``, which under validation would wait for the value."""
+    """As ``pyro.deterministic``, which under validation would wait for the value.
+
+    Pyro's objectives ask of each site of a guide that the model has it, or that it is auxiliary.
+    """
     law = dist.Delta(value, event_dim=value.dim(), validate_args=False).mask(False)
-    recorded: Tensor = pyro.sample(name, law, obs=value, infer={"_deterministic": True})
+    infer: Any = {"_deterministic": True, "is_auxiliary": True}
+    recorded: Tensor = pyro.sample(name, law, obs=value, infer=infer)
     return recorded
 
 

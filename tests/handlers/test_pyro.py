@@ -14,7 +14,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -247,3 +255,17 @@ def test_loss_at_the_mode_is_that_of_the_hard_program(elbo: Any) -> None:
     expected = float(PRICES[2] - log_ratio)
     # the same three terms, in the seven digits of float32
     assert elbo.loss(priced, mode()(guide)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceGraph_ELBO(), TraceMeanField_ELBO()], ids=type)
+@pytest.mark.filterwarnings("error")
+def test_op_in_a_guide_is_no_latent_site_that_the_model_lacks(elbo: Any) -> None:
+    def one_site() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    @soften()
+    def choosing_guide() -> None:
+        pyro.sample("w", dist.Normal(0 * argmax("z", SCORES[0]), 1.0).to_event(1))
+
+    # the guide is the prior, term by term
+    assert elbo.loss(one_site, choosing_guide) == 0.0
