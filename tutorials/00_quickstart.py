@@ -200,6 +200,7 @@ def main() -> None:
     tutorial = Tutorial(
         __file__, "Train a VAE with a code of bits four times.", steps=3000, smoke=20, seeds=1
     )
+    torch.set_num_threads(1)  # the tensors are too small to be worth sharing out
     splits = mnist(tutorial.args.data)
     train_set, held_out = ((s.images.flatten(1) > 0.5).float().to(tutorial.device) for s in splits)
     runs, variances = {}, {}
