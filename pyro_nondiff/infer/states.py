@@ -87,11 +87,18 @@ class EstimatorStates(nn.Module):
 def _take_from_store(name: str, state: nn.Module) -> None:
     """Takes the parameters that the store has, before they are used: it may have been loaded."""
     store = pyro.get_param_store()
-    for path, _ in list(state.named_parameters()):
+    for path, made in list(state.named_parameters()):
         full_name = param_with_module_name(name, path)
         if full_name in store:
+            known = store[full_name]
+            if known.shape != made.shape:
+                raise NonDiffError(
+                    f"the param store has '{full_name}' of shape {tuple(known.shape)}, and the "
+                    f"site's estimator has one of shape {tuple(made.shape)}: it is left from "
+                    "another estimator. Call pyro.clear_param_store() between them."
+                )
             owner, _, last = path.rpartition(".")
-            state.get_submodule(owner)._parameters[last] = cast(nn.Parameter, store[full_name])
+            state.get_submodule(owner)._parameters[last] = cast(nn.Parameter, known)
 
 
 def own_gradients(losses: list[Tensor], states: EstimatorStates) -> Tensor | None:

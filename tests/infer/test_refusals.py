@@ -192,6 +192,19 @@ def test_net_that_is_built_anew_each_step() -> None:
     check_nothing_is_trained(model, changing, elbo, r"site 'z'.*make modules once")
 
 
+def test_param_store_left_from_another_estimator() -> None:
+    """Another objective's network of the same site and name."""
+    net = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
+    baseline = NeuralBaseline(net, lambda x: x.unsqueeze(-1))
+    TraceEstimator_ELBO(REINFORCE(baseline)).loss_and_grads(model, guide, X)
+    with pytest.raises(
+        NonDiffError, match=r"has 'estimator.z\$\$\$net.0.weight' of shape \(4, 1\)"
+    ):
+        TraceEstimator_ELBO(RELAX()).loss_and_grads(model, guide, X)
+    pyro.clear_param_store()
+    TraceEstimator_ELBO(RELAX()).loss_and_grads(model, guide, X)
+
+
 def test_baseline_of_the_wrong_shape() -> None:
     baseline = NeuralBaseline(nn.Linear(3, 2), input=lambda x: x)
     match = r"site 'z': the net of its NeuralBaseline returned shape \(2,\)"
