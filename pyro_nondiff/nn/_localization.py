@@ -113,13 +113,19 @@ class Localization(nn.Module):
         maps = start.new_tensor(_MAPS[place]) if place in _MAPS else None
         self.register_buffer("maps", maps, persistent=False)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Where to look: see :class:`Localization`."""
+    def forward(self, features: Tensor, start: Tensor | None = None) -> Tensor:
+        """Where to look: see :class:`Localization`.
+
+        Arguments:
+            features: Shape ``batch + (in_features,)``.
+            start: A place to start from in this call: one that was found before, to be bettered.
+        """
+        start = self.start if start is None else start
         numbers: Tensor = self.linear(features).unflatten(-1, (*self.shape, -1))
         if self.maps is not None:
             shift = (numbers[..., None, None] * self.maps).sum(-3)
-            return self.start + shift
-        corner, sides = self.start[..., :2], self.start[..., 2:]
+            return start + shift
+        corner, sides = start[..., :2], start[..., 2:]
         moved, grown = numbers[..., :2] * sides, sides * numbers[..., 2:].exp()
         return torch.cat([corner + (moved + (sides - grown) / 2), grown], -1)
 

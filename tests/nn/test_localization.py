@@ -59,6 +59,19 @@ def test_numbers_move_it_as_the_table_says() -> None:
     torch.testing.assert_close(box, torch.cat([middle - sides / 2, sides]))
 
 
+def test_it_betters_a_place_that_was_found_before() -> None:
+    layer = Localization(FEATURES, "box")
+    found = moved(layer, [0.5, -0.25, math.log(2), math.log(0.5)])
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 2.0, 0.5]))
+    places = torch.rand(4, 3, 4)
+    again = layer(torch.randn(4, 3, FEATURES), start=places)
+    sides = places[..., 2:] * torch.tensor([2.0, 0.5])
+    middle = places[..., :2] + places[..., 2:] * torch.tensor([1.0, 0.25])
+    torch.testing.assert_close(again, torch.cat([middle - sides / 2, sides], -1))
+    theta = torch.randn(4, 1, 2, 3)
+    assert (Localization(FEATURES)(torch.randn(4, 7, FEATURES), start=theta) == theta).all()
+
+
 def test_a_map_and_a_box_cut_out_the_same() -> None:
     image = torch.rand(3, 8, 8)
     x0, y0, w, h = BOX.tolist()
