@@ -62,13 +62,23 @@ class Tutorial:
         self.claims: list[dict[str, Any]] = []
         self.figure: Figure | None = None
 
-    def run(self, name: str, train: Callable[..., dict[str, Any]], *arguments: Any) -> list[Any]:
+    def run(
+        self,
+        name: str,
+        train: Callable[..., dict[str, Any]],
+        *arguments: Any,
+        seeds: int | None = None,
+    ) -> list[Any]:
         """What ``train(*arguments, seed=seed)`` returns, for each seed; kept, and read if it was.
+
+        With ``seeds``, only for so many of them.
 
         Each run starts from its seed, an empty param store, and a module's params of its own. A
         result may hold numbers, lists and tensors.
         """
-        self.results[name] = [self._run(name, train, arguments, seed) for seed in self.seeds]
+        self.results[name] = [
+            self._run(name, train, arguments, seed) for seed in self.seeds[:seeds]
+        ]
         return self.results[name]
 
     def median(self, name: str, key: str) -> float:
