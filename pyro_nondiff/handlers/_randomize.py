@@ -4,6 +4,7 @@ from functools import singledispatch
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Bernoulli
@@ -44,11 +45,14 @@ class randomize(AbstractHandler):
     Arguments:
         temperature: A number, a tensor that broadcasts with the batch shape, or a schedule.
         scale: The standard deviation of a place, in its own units: a number, or a tensor that
-            broadcasts with the box or ``theta``.
+            broadcasts with the box or ``theta``. Where a tensor of a place's own shape is 0, the
+            number stays as it is, and the site has the others only, as a vector:
+            ``torch.tensor([0.1, 0.1, 0.0, 0.0])`` moves a box of fixed size.
         sites: As for :class:`AbstractHandler`.
 
     Raises:
-        NonDiffError: For a temperature or a scale that is not positive.
+        NonDiffError: For a temperature or a scale that is not positive, or a scale with zeros that
+            has not the shape of the place.
 
     Example:
         >>> from pyro_nondiff.handlers import randomize
@@ -76,6 +80,16 @@ class randomize(AbstractHandler):
         super().__init__(sites)
         self.temperature = temperature
         self.scale = scale
+        self.moving = _moving(scale)
+
+
+def _moving(scale: float | Tensor) -> Tensor | None:
+    """Which numbers of a place are drawn, as indices of the flattened place; None for all."""
+    if not isinstance(scale, Tensor) or bool((scale > 0).all()):
+        return None
+    if bool((scale < 0).any()) or not bool((scale > 0).any()):
+        raise NonDiffError(f"randomize: scale must be positive somewhere, found {scale}.")
+    return scale.flatten().nonzero()[:, 0]
 
 
 @randomize.rule(argmax)
@@ -90,6 +104,20 @@ def _(handler: randomize, name: str, x: Tensor, *, event_dim: int = 0) -> Drawn:
     return Drawn(dist.Bernoulli(logits=logits).to_event(event_dim))
 
 
+def _of_the_place(
+    handler: randomize, name: str, place: Tensor, event_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Which numbers of a place move, and how far."""
+    moving, scale = handler.moving, handler.scale
+    if moving is None or not isinstance(scale, Tensor) or scale.shape != place.shape[-event_dim:]:
+        raise NonDiffError(
+            f"randomize: a scale with zeros must have the shape {tuple(place.shape[-event_dim:])} "
+            f"of the place of op '{name}', found {scale}."
+        )
+    moving = moving.to(place.device)
+    return moving, scale.to(place.device).flatten()[moving]
+
+
 def _at_a_random_place(op: Op, event_dim: int) -> Rule:
     """The rule of an op that has a place: it is drawn, and the op does its hard thing there."""
 
@@ -97,8 +125,19 @@ def _at_a_random_place(op: Op, event_dim: int) -> Rule:
         handler: randomize, name: str, image: Tensor, place: Tensor, size: tuple[int, int]
     ) -> Drawn:
         # drawn without gradient: the hard op would swallow it in silence
-        law = dist.Normal(place, handler.scale).has_rsample_(False).to_event(event_dim)
-        return Drawn(law, then=lambda drawn: plain(op)(name, image, drawn, size))
+        if handler.moving is None:
+            law = dist.Normal(place, handler.scale).has_rsample_(False).to_event(event_dim)
+            return Drawn(law, then=lambda drawn: plain(op)(name, image, drawn, size))
+        moving, scale = _of_the_place(handler, name, place, event_dim)
+        flat = place.flatten(-event_dim)
+        law = dist.Normal(flat[..., moving], scale).has_rsample_(False).to_event(1)
+
+        def look(drawn: Tensor) -> Tensor:
+            whole = flat.expand(torch.broadcast_shapes((*drawn.shape[:-1], 1), flat.shape))
+            moved = whole.index_copy(-1, moving, drawn.to(flat.dtype))
+            return plain(op)(name, image, moved.unflatten(-1, place.shape[-event_dim:]), size)
+
+        return Drawn(law, then=look)
 
     return rule
 

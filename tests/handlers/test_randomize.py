@@ -221,3 +221,50 @@ def test_planted_pathwise_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_scale_is_positive() -> None:
     with pytest.raises(NonDiffError, match="randomize: scale must be positive, found 0"):
         randomize(scale=0)
+
+
+# Where a scale is 0, and in which numbers the place then moves.
+FIXED = {
+    "crop": (torch.tensor([0.2, 0.1, 0.0, 0.0]), [0, 1]),
+    "paste": (torch.tensor([0.0, 0.2, 0.0, 0.1]), [1, 3]),
+    "warp": (torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.1]]), [2, 5]),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_number_of_a_place_stays_where_its_scale_is_0(name: str) -> None:
+    program, place = PLACED[name]
+    scale, moving = FIXED[name]
+    with poutine.trace() as recorded:
+        value = randomize(scale=scale)(program)()
+    site = recorded.trace.nodes["place"]
+    assert (site["fn"].batch_shape, site["fn"].event_shape) == ((), (2,))
+    assert torch.equal(site["fn"].mean, place.flatten()[moving])
+    assert torch.equal(site["fn"].stddev, scale.flatten()[moving])
+    moved = place.flatten().clone()
+    moved[moving] = site["value"]
+    op = {"crop": crop, "paste": paste, "warp": warp}[name]
+    size = (8, 8) if name == "paste" else (4, 4)
+    assert torch.equal(value, op("alone", IMAGE, moved.reshape(place.shape), size))
+    assert torch.equal(mode()(randomize(scale=scale)(program))(), program())
+
+
+@pytest.mark.usefixtures("param_store")
+def test_a_place_that_moves_in_some_numbers_has_a_gradient_in_worlds() -> None:
+    handler = randomize(scale=torch.tensor([0.1, 0.1, 0.0, 0.0]))
+    elbo = ExpectedCost(RLOO(200), num_particles=200)
+    loss = elbo.differentiable_loss(handler(look), no_guide)
+    (found,) = torch.autograd.grad(loss, pyro.param("box"))
+    assert found[1] < 0
+    assert torch.equal(found[2:], torch.zeros(2))
+
+
+def test_a_scale_with_zeros_has_the_shape_of_the_place() -> None:
+    with pytest.raises(NonDiffError, match=r"shape \(4,\) of the place of op 'place'"):
+        randomize(scale=torch.tensor([0.1, 0.0]))(PLACED["crop"][0])()
+
+
+@pytest.mark.parametrize("scale", [[0.0, 0.0, 0.0, 0.0], [0.1, -0.1, 0.0, 0.0]])
+def test_a_scale_with_zeros_is_positive_somewhere_and_nowhere_negative(scale: list[float]) -> None:
+    with pytest.raises(NonDiffError, match="randomize: scale must be positive somewhere"):
+        randomize(scale=torch.tensor(scale))
