@@ -104,6 +104,15 @@ def _(handler: randomize, name: str, x: Tensor, *, event_dim: int = 0) -> Drawn:
     return Drawn(dist.Bernoulli(logits=logits).to_event(event_dim))
 
 
+class _HardNormal(dist.Normal):
+    """Drawn without gradient: the hard op would swallow it in silence.
+
+    A class, since ``has_rsample_(False)`` is lost when a plate expands the law.
+    """
+
+    has_rsample = False
+
+
 def _of_the_place(
     handler: randomize, name: str, place: Tensor, event_dim: int
 ) -> tuple[Tensor, Tensor]:
@@ -124,20 +133,24 @@ def _at_a_random_place(op: Op, event_dim: int) -> Rule:
     def rule(
         handler: randomize, name: str, image: Tensor, place: Tensor, size: tuple[int, int]
     ) -> Drawn:
-        # drawn without gradient: the hard op would swallow it in silence
         if handler.moving is None:
-            law = dist.Normal(place, handler.scale).has_rsample_(False).to_event(event_dim)
-            return Drawn(law, then=lambda drawn: plain(op)(name, image, drawn, size))
+            law: Any = _HardNormal(place, handler.scale)
+            return Drawn(
+                law.to_event(event_dim), then=lambda drawn: plain(op)(name, image, drawn, size)
+            )
         moving, scale = _of_the_place(handler, name, place, event_dim)
         flat = place.flatten(-event_dim)
-        law = dist.Normal(flat[..., moving], scale).has_rsample_(False).to_event(1)
+        law = _HardNormal(flat[..., moving], scale)
 
         def look(drawn: Tensor) -> Tensor:
             whole = flat.expand(torch.broadcast_shapes((*drawn.shape[:-1], 1), flat.shape))
             moved = whole.index_copy(-1, moving, drawn.to(flat.dtype))
-            return plain(op)(name, image, moved.unflatten(-1, place.shape[-event_dim:]), size)
+            cut: Tensor = plain(op)(
+                name, image, moved.unflatten(-1, place.shape[-event_dim:]), size
+            )
+            return cut
 
-        return Drawn(law, then=look)
+        return Drawn(law.to_event(1), then=look)
 
     return rule
 

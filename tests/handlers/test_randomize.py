@@ -12,6 +12,7 @@ from pyro_nondiff.distributions import ExponentialAnnealing, StraightThroughBern
 from pyro_nondiff.errors import NonDiffError
 from pyro_nondiff.estimators import RLOO
 from pyro_nondiff.handlers import mode, randomize, soften
+from pyro_nondiff.handlers._randomize import _HardNormal
 from pyro_nondiff.infer import ExpectedCost, no_guide
 from pyro_nondiff.ops import argmax, cost, crop, external, paste, select, step, warp
 
@@ -164,6 +165,14 @@ PLACED = {
 }
 
 
+# Where a scale is 0, and in which numbers the place then moves.
+FIXED = {
+    "crop": (torch.tensor([0.2, 0.1, 0.0, 0.0]), [0, 1]),
+    "paste": (torch.tensor([0.0, 0.2, 0.0, 0.1]), [1, 3]),
+    "warp": (torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.1]]), [2, 5]),
+}
+
+
 @pytest.mark.parametrize("name", PLACED)
 def test_a_place_is_a_normal_site_and_what_is_there_stays_hard(name: str) -> None:
     program, place = PLACED[name]
@@ -175,6 +184,17 @@ def test_a_place_is_a_normal_site_and_what_is_there_stays_hard(name: str) -> Non
     assert torch.equal(site["fn"].stddev, torch.full_like(place, 0.2))
     assert torch.equal(value, value.round())  # whole pixels, of whole numbers
     assert torch.equal(mode()(randomize()(program))(), program())
+
+
+@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("scale", [0.2, None])
+def test_a_place_in_a_plate_is_expanded_and_has_no_path(name: str, scale: float | None) -> None:
+    program, _ = PLACED[name]
+    handler = randomize(scale=FIXED[name][0] if scale is None else scale)
+    with poutine.trace() as recorded, pyro.plate("images", 3):
+        value = handler(program)()
+    law = recorded.trace.nodes["place"]["fn"]
+    assert (law.batch_shape, law.has_rsample, len(value)) == ((3,), False, 3)
 
 
 @pytest.mark.parametrize("name", PLACED)
@@ -213,7 +233,7 @@ def test_a_place_is_not_taken_for_pathwise(estimator: Any) -> None:
 @pytest.mark.usefixtures("param_store")
 def test_planted_pathwise_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``rsample`` the site would be pathwise, and the hard crop has no path."""
-    monkeypatch.setattr(dist.Normal, "has_rsample_", lambda self, value: self)
+    monkeypatch.setattr(_HardNormal, "has_rsample", True)
     with pytest.raises((AssertionError, RuntimeError)):
         check_the_place_has_a_gradient(ExpectedCost(num_particles=200))
 
@@ -221,14 +241,6 @@ def test_planted_pathwise_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_scale_is_positive() -> None:
     with pytest.raises(NonDiffError, match="randomize: scale must be positive, found 0"):
         randomize(scale=0)
-
-
-# Where a scale is 0, and in which numbers the place then moves.
-FIXED = {
-    "crop": (torch.tensor([0.2, 0.1, 0.0, 0.0]), [0, 1]),
-    "paste": (torch.tensor([0.0, 0.2, 0.0, 0.1]), [1, 3]),
-    "warp": (torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.1]]), [2, 5]),
-}
 
 
 @pytest.mark.parametrize("name", FIXED)
