@@ -35,6 +35,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"pyro_nondiff {release}"
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#b5441c", "color-brand-content": "#b5441c"},
