@@ -21,14 +21,13 @@
 # %%
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import gymnasium
 import matplotlib.pyplot as plt
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _cartpole import Steps, play
 from _digits import Split, mnist
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
@@ -59,44 +58,19 @@ from pyro_nondiff.ops import cost, external
 # steps to come, in hundreds.
 #
 # An environment cannot be asked what would have happened otherwise. So episodes are collected
-# first, by the policy's own draws. Steps after an episode's end are left out.
+# first, by the policy's own draws.
 
 # %%
-EPISODES, BATCH, CHECK, LIMIT = (20, 5, 10, 500) if smoke_test else (500, 5, 50, 500)
+EPISODES, BATCH, CHECK = (20, 5, 10) if smoke_test else (500, 5, 50)
 GRADIENTS = 3 if smoke_test else 100  # batches of episodes, to measure a variance
 
 
-class Steps(NamedTuple):
-    """Steps of some episodes: what was seen, done, and how many steps were to come."""
-
-    seen: Tensor
-    action: Tensor
-    to_come: Tensor
+def law(policy: nn.Module, seen: Tensor) -> dist.Bernoulli:
+    return dist.Bernoulli(logits=policy(seen[:, :4])[:, 0])  # the clock is for the baselines
 
 
-def play(policy: nn.Module, episodes: int, seed: int, device: torch.device) -> list[Steps]:
-    """The policy's episodes, in batches."""
-    kind = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
-    env = gymnasium.make_vec("CartPole-v1", episodes, kind)
-    state, _ = env.reset(seed=seed)
-    alive, rows = np.ones(episodes, bool), []
-    while alive.any():
-        # The clock is seen as well: the baselines need it.
-        clock = np.full((episodes, 1), len(rows) / LIMIT, np.float32)
-        seen = torch.as_tensor(np.concatenate([state, clock], 1), device=device)
-        with torch.no_grad():
-            action = dist.Bernoulli(logits=logits(policy, seen)).sample()
-        rows.append((seen, action, torch.as_tensor(alive.copy(), device=device)))
-        state, _, fell, cut, _ = env.step(action.cpu().numpy().astype(int))
-        alive &= ~(fell | cut)
-    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-    to_come = columns[2].float().flip(0).cumsum(0).flip(0)
-    batches = zip(*(x.split(BATCH, dim=1) for x in (*columns, to_come)), strict=True)
-    return [Steps(seen[on], action[on], rest[on]) for seen, action, on, rest in batches]
-
-
-def logits(policy: nn.Module, seen: Tensor) -> Tensor:
-    return policy(seen[:, :4])[:, 0]
+def episodes(policy: nn.Module, number: int, seed: int, device: torch.device) -> list[Steps]:
+    return play(lambda seen: law(policy, seen).sample(), number, BATCH, seed, device)
 
 
 # %% [markdown]
@@ -108,7 +82,7 @@ def logits(policy: nn.Module, seen: Tensor) -> Tensor:
 def program(policy: nn.Module, steps: Steps) -> None:
     pyro.module("policy", policy)
     with pyro.plate("steps", len(steps.action)):
-        pyro.sample("action", dist.Bernoulli(logits=logits(policy, steps.seen)))
+        pyro.sample("action", law(policy, steps.seen))
         cost("to come", -steps.to_come / 100)
 
 
@@ -170,11 +144,11 @@ def train_policy(name: str, device: torch.device, seed: int) -> dict[str, Any]:
     ]
     result: dict[str, Any] = {"curve": [], "variances": []}
     for played in tqdm(range(BATCH, EPISODES + 1, BATCH), desc=name, disable=smoke_test):
-        (steps,) = play(policy, BATCH, seed * EPISODES + played, device)
+        (steps,) = episodes(policy, BATCH, seed * EPISODES + played, device)
         for learner in reversed(learners):  # who moves the policy comes last
             learner.step(policy, steps)
         if played % CHECK == 0:
-            fresh = play(policy, BATCH * GRADIENTS, 10**6 + played, device)
+            fresh = episodes(policy, BATCH * GRADIENTS, 10**6 + played, device)
             length = sum(len(steps.action) for steps in fresh[:20]) / BATCH / len(fresh[:20])
             result["curve"].append((played, length))
             if name == "moving average":

@@ -178,7 +178,7 @@ def figure(runs: dict[tuple[str, str], list[dict[str, Any]]], shown: Tensor) -> 
         axes.set(xlabel="step", title=f"{kind.capitalize()} digits: test error, %", ylim=(0, 90))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     rows = right.subplots(2, len(shown))
     for row, name in zip(rows, ("REINFORCE", "spatial transformer"), strict=True):
         for axes, image, boxes in zip(row, shown, runs["cluttered", name][0]["boxes"], strict=True):
