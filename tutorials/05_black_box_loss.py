@@ -278,7 +278,7 @@ def figure(policies: dict[str, Any], readers: dict[str, Any]) -> Figure:
             lengths.plot(*curve.T, color=colour, linewidth=0.7, alpha=0.4)
     lengths.axhline(475, color="black", linewidth=0.8, linestyle=":")
     lengths.set(xlabel="episodes", ylabel="steps", title="CartPole: mean length of 100 episodes")
-    relative = ratios(policies["moving average"]).median(0).values.T
+    relative = ratios(policies["moving average"]).quantile(0.5, 0).T
     for name, ratio, colour in zip(policies, relative, COLOURS, strict=True):
         noise.plot(curves[0, :, 0], ratio, "o-", color=colour, label=name)
     noise.set(xlabel="episodes", yscale="log", title="Variance over the moving average's")
@@ -303,7 +303,7 @@ def main() -> None:
         name: tutorial.run(name, train_reader, name, train, test, tutorial.steps, seeds=3)
         for name in READERS
     }
-    relative = ratios(policies["moving average"]).flatten(0, 1).median(0).values.tolist()
+    relative = ratios(policies["moving average"]).flatten(0, 1).quantile(0.5, 0).tolist()
     rows = []
     for (name, runs), ratio in zip(policies.items(), relative, strict=True):
         solved = [solved_at(run) for run in runs]
