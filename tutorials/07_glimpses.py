@@ -145,6 +145,9 @@ def train(
 # %% [markdown]
 # For the test, `mode` takes the decided place; random places stay random. The spatial transformer
 # is tested as it was trained.
+#
+# A step of RLOO runs the program twice. The other estimators, and the spatial transformer, run it
+# once.
 
 
 # %%
