@@ -1,0 +1,341 @@
+# %% [markdown]
+# # Translation with attention, soft or hard
+#
+# A recurrent network translates English into French, and looks at the English sentence for each
+# word it writes. One program learns with soft and with hard attention: only the handler differs.
+#
+# The lecture's attention has two kinds. *Soft* attention reads the mean of all places, weighted by
+# a softmax, and has a gradient. *Hard* attention reads one place, which is drawn. It has no
+# gradient, and the lecture trains it by REINFORCE. Here the program says `select`, and not how that
+# is trained. The handler around it does: `soften()`, or `randomize()` with an estimator.
+#
+#     python tutorials/03_translation.py --data DATA         # Multi30k, 29,000 pairs of sentences
+#     python tutorials/03_translation.py                     # sentences of a small grammar
+#     python tutorials/03_translation.py --data DATA --steps 12 --device cuda
+
+# %%
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from _sentences import (
+    BEGIN,
+    END,
+    PAD,
+    UNKNOWN,
+    Subset,
+    Vocabulary,
+    bleu,
+    by_length,
+    english_french,
+    show_alignment,
+    subset,
+    trimmed,
+)
+from _tutorial import Tutorial, smoke_test
+from matplotlib.figure import Figure
+from pyro.infer import SVI
+from pyro.optim import LambdaLR
+from torch import Tensor, nn
+from tqdm import trange
+
+from pyro_nondiff.diagnostics import gradient_statistics
+from pyro_nondiff.estimators import REBAR, REINFORCE, RLOO, Enumerate, MovingAverage
+from pyro_nondiff.handlers import ignore, mode, randomize, soften
+from pyro_nondiff.infer import ExpectedCost, no_guide
+from pyro_nondiff.nn import AdditiveAttention
+from pyro_nondiff.ops import argmax
+
+BATCH, CANDIDATES, EMBEDDING, HIDDEN = 64, 1000, 192, 256
+
+tutorial = Tutorial(__file__, "Translate with attention.", steps=6, smoke=1, unit="epochs", seeds=1)
+data = english_french(tutorial.args.data)
+if smoke_test:
+    data = {part: pairs.first(320) for part, pairs in data.items()}
+english = Vocabulary(data["train"].source, least=3)
+french = Vocabulary(data["train"].target, least=3)
+
+# %% [markdown]
+# ## The network
+#
+# An encoder reads the English sentence in both directions, and makes a vector of each word: the
+# *memory*. A decoder reads the French words so far. Attention comes after it: each state of the
+# decoder chooses a place in the memory, and the next word is decided by the state and by what is
+# read there. What is read is not fed back. So given the sentences all choices are independent: they
+# are one vectorised site, and the cost of a choice is the one word that it helps to write.
+#
+# The choice is made in `AdditiveAttention`, by the op `select` with the name `"source"`.
+
+
+# %%
+class Translator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = nn.Embedding(len(english), EMBEDDING)
+        self.target = nn.Embedding(len(french), EMBEDDING)
+        self.encoder = nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True, batch_first=True)
+        self.decoder = nn.GRU(EMBEDDING, HIDDEN, batch_first=True)
+        self.start = nn.Linear(HIDDEN, HIDDEN)
+        self.attention = AdditiveAttention(HIDDEN, HIDDEN, hidden_size=128)
+        self.from_state = nn.Linear(HIDDEN, EMBEDDING)
+        self.from_source = nn.Linear(HIDDEN, EMBEDDING, bias=False)
+        self.bias = nn.Parameter(torch.zeros(len(french)))
+        self.dropout = nn.Dropout(0.2)
+        for embedding in (self.source, self.target):
+            nn.init.normal_(embedding.weight, std=EMBEDDING**-0.5)
+
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The memory, where it is no padding, and the decoder's first state."""
+        real = source != PAD
+        memory, _ = self.encoder(self.dropout(self.source(source)))
+        mean = (memory * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return self.dropout(memory), real[:, None], self.start(mean).tanh()[None]
+
+    def decode(self, before: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The state behind each French word, and the last one to go on from."""
+        states, last = self.decoder(self.dropout(self.target(before)), state)
+        return self.dropout(states), last
+
+    def scores(self, states: Tensor, memory: Tensor, real: Tensor, words: Any) -> Tensor:
+        """How well each of some French words fits as the next; their embeddings are the weights."""
+        seen = self.attention("source", states, memory, mask=real)
+        hidden = (self.from_state(states) + self.from_source(seen)).tanh()
+        return hidden @ self.target.weight[words].mT + self.bias[words]
+
+
+# %% [markdown]
+# ## The program
+#
+# The expected cost of the French words is minimised, by `ExpectedCost`: a choice is drawn from its
+# own law in the program, with no prior and no guide.
+#
+# A softmax over all 4,900 French words would be most of a step. So `subset` gives 1,000
+# of them to compare with: those of the batch, and others at random whose scores are raised, as if
+# they stood for all that are left out. A translation compares with all.
+
+
+# %%
+def program(net: Translator, source: Tensor, target: Tensor, among: Subset) -> None:
+    pyro.module("net", net)
+    memory, real, first = net.encode(source)
+    states, _ = net.decode(target[:, :-1], first)
+    sentences = pyro.plate("sentences", len(source), dim=-2)
+    words = pyro.plate("words", target.shape[1] - 1, dim=-1)
+    with sentences, words, pyro.poutine.mask(mask=target[:, 1:] != PAD):
+        scores = net.scores(states, memory, real, among.words) + among.correction
+        pyro.sample("word", dist.Categorical(logits=scores), obs=among.places)
+
+
+# %% [markdown]
+# A translation is greedy: it takes the best word each time, and, with `mode` around the handler,
+# the most probable place.
+
+
+# %%
+@torch.no_grad()
+def translate(net: Translator, source: Tensor, longest: int = 40) -> Tensor:
+    memory, real, state = net.encode(source)
+    words = torch.full((len(source), 1), BEGIN, device=source.device)
+    while words.shape[1] <= longest and not (words == END).any(1).all():
+        states, state = net.decode(words[:, -1:], state)
+        scores = net.scores(states, memory, real, slice(None))
+        scores[..., UNKNOWN] = -torch.inf
+        words = torch.cat([words, scores.argmax(-1)], 1)
+    return words[:, 1:]
+
+
+# %% [markdown]
+# ## Training
+#
+# A variant is a handler, and what estimates the gradient of a drawn choice. REINFORCE compares the
+# cost of a word with that of the average word; RLOO with the *same* word's under another choice.
+#
+# Sentences of similar length share a batch. The learning rate falls to zero.
+
+# %%
+Handler = Callable[[Callable[..., Any]], Callable[..., Any]]
+VARIANTS: dict[str, tuple[Handler, Any]] = {
+    "soft": (soften(), None),
+    "hard, RLOO": (randomize(), RLOO(num_samples=2)),
+    "hard, REINFORCE": (randomize(), REINFORCE(baseline=MovingAverage())),
+}
+
+
+def translations(net: Translator, handler: Handler, part: str) -> list[str]:
+    """Greedy ones, in batches of sentences of similar length."""
+    net.eval()
+    numbers = english.numbers(data[part].source).to(tutorial.device)
+    order = (numbers != PAD).sum(1).argsort()
+    greedy = mode()(handler(translate))
+    batches = [greedy(net, trimmed(numbers[rows])) for rows in order.split(256)]
+    net.train()
+    found = [french.sentence(words) for batch in batches for words in batch]
+    return [found[place] for place in order.argsort()]
+
+
+def train(name: str, seed: int) -> dict[str, Any]:
+    handler, estimator = VARIANTS[name]
+    net = Translator().to(tutorial.device)
+    source = english.numbers(data["train"].source).to(tutorial.device)
+    target = french.numbers(data["train"].target).to(tutorial.device)
+    steps = tutorial.steps * -(-len(source) // BATCH)
+    adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-3, "fused": True}}
+    optimizer = LambdaLR({**adam, "lr_lambda": lambda step: 1 - step / steps})
+    svi = SVI(handler(program), no_guide, optimizer, ExpectedCost(estimator))
+    validation, batches = [], []
+    bar = trange(steps, desc=name, disable=smoke_test, mininterval=1)
+    for _ in bar:
+        rows = (batches := batches or by_length(source, target, BATCH)).pop()
+        words = trimmed(target[rows])
+        among = subset(words[:, 1:], len(french), CANDIDATES)
+        svi.step(net, trimmed(source[rows]), words, among)
+        optimizer.step()
+        if not batches:
+            validation.append(bleu(translations(net, handler, "val"), data["val"]))
+            bar.set_postfix(BLEU=f"{validation[-1]:.1f}")
+    test = bleu(translations(net, handler, "test"), data["test"])
+    return {"bleu": test, "validation": validation, "net": net.state_dict()}
+
+
+for name in VARIANTS:
+    tutorial.run(name, train, name)
+
+# %% [markdown]
+# ## What a step costs, and how noisy it is
+#
+# `gradient_statistics` draws the gradient of one step many times with fixed parameters: those of
+# the hard network that RLOO has trained. `Enumerate` is exact: it asks for each word at every
+# place, which are as many softmaxes as the English sentence has words. REBAR asks at a hard choice
+# and two soft ones.
+#
+# In a translation hard attention saves the sum over all places. It needs their scores all the same.
+
+# %%
+SAMPLES = 2 if smoke_test else 20
+ESTIMATORS = {
+    "soft": None,
+    "REINFORCE": REINFORCE(baseline=MovingAverage()),
+    "RLOO": RLOO(num_samples=2),
+    "REBAR": REBAR(),
+    "Enumerate": Enumerate(),
+}
+
+
+def trained(name: str) -> Translator:
+    net = Translator().to(tutorial.device).eval()
+    net.load_state_dict(tutorial.results[name][0]["net"])
+    return net
+
+
+def timed(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def gradient(estimator: str, seed: int) -> dict[str, float]:
+    """What a gradient of a batch takes, and its variance for the scores of all places."""
+    objective = ExpectedCost(ESTIMATORS[estimator])
+    smoothed = (soften() if estimator == "soft" else randomize())(program)
+    few = data["val"].first(BATCH)
+    source = english.numbers(few.source).to(tutorial.device)
+    target = french.numbers(few.target).to(tutorial.device)
+    among = subset(target[:, 1:], len(french), CANDIDATES)
+    batch = trained("hard, RLOO"), source, target, among
+    step = partial(objective.loss_and_grads, smoothed, no_guide, *batch)
+    seconds = [timed(step) for _ in range(SAMPLES)]  # a moving average settles meanwhile
+    found = gradient_statistics(objective, smoothed, no_guide, *batch, num_samples=SAMPLES)
+    variances = {name: float(site.total_variance) for name, site in found.sites.items()}
+    return {"variance": variances.get("source", 0.0), "milliseconds": 1000 * median(seconds)}
+
+
+def speed(name: str, seed: int) -> dict[str, float]:
+    """What the translation of a sentence takes; hard attention needs no handler then."""
+    net, handler = trained("hard, RLOO"), soften() if name == "soft" else ignore()
+    seconds = [timed(lambda: translations(net, handler, "test")) for _ in range(3)]
+    return {"milliseconds": 1000 * median(seconds) / len(data["test"])}
+
+
+for name in ESTIMATORS:
+    tutorial.run(f"gradient, {name}", gradient, name)
+for name in ("soft", "hard"):
+    tutorial.run(f"speed, {name}", speed, name)
+
+# %% [markdown]
+# ## Where does it look?
+#
+# Under the handler of its variant, `argmax` gives a network's choice for each French word: a weight
+# for each place, or one of them.
+
+
+# %%
+@torch.no_grad()
+def show(axes: Any, name: str, sentence: str) -> None:
+    net, handler = trained(name), VARIANTS[name][0]
+    source = english.numbers([sentence]).to(tutorial.device)
+    memory, real, first = net.encode(source)
+    words = mode()(handler(translate))(net, source)
+    states, _ = net.decode(nn.functional.pad(words[:, :-1], (1, 0), value=BEGIN), first)
+    weights = mode()(handler(argmax))("weights", net.attention.scores(states, memory, real))
+    read, written = ([v.words[n] for n in w[0]] for v, w in ((english, source), (french, words)))
+    show_alignment(axes, weights[0].cpu(), read, written)
+    axes.set_title(name)
+
+
+SENTENCE = "A small boy in a red shirt throws a ball to his black dog on the beach."
+figure = Figure(figsize=(9, 8.6), layout="constrained")
+grid = figure.subplot_mosaic([["soft", "hard, RLOO"], ["curve", "curve"]], height_ratios=[5, 3])
+for name in ("soft", "hard, RLOO"):
+    show(grid[name], name, SENTENCE)
+for name in VARIANTS:
+    scores = tutorial.results[name][0]["validation"]
+    grid["curve"].plot(range(1, len(scores) + 1), scores, marker="o", label=name)
+grid["curve"].set(xlabel="epoch", ylabel="BLEU", title="Greedy translations, validation set")
+grid["curve"].legend(frameon=False)
+grid["curve"].grid(alpha=0.3)
+grid["curve"].spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# ## The result
+
+# %%
+tutorial.table(
+    ["trained with", "BLEU, validation", "BLEU, test of 2016"],
+    [
+        [
+            name,
+            f"{tutorial.results[name][0]['validation'][-1]:.1f}",
+            tutorial.spread(name, "bleu", 1),
+        ]
+        for name in VARIANTS
+    ],
+    "Greedy translations, cased BLEU",
+)
+reference = tutorial.median("gradient, REINFORCE", "variance")
+tutorial.table(
+    ["a step with", "ms", "variance, relative to REINFORCE"],
+    [
+        [
+            name,
+            tutorial.spread(f"gradient, {name}", "milliseconds", 0),
+            f"{tutorial.median(f'gradient, {name}', 'variance') / reference:.3f}",
+        ]
+        for name in ESTIMATORS
+    ],
+    "The gradient for the scores of all places, of one batch",
+)
+tutorial.table(
+    ["attention", "ms to translate a sentence"],
+    [[name, tutorial.spread(f"speed, {name}", "milliseconds", 1)] for name in ("soft", "hard")],
+)
+tutorial.picture(figure)
+soft, hard, plain = (tutorial.median(name, "bleu") for name in VARIANTS)
+tutorial.claim("soft attention: BLEU", soft, ">=", 48)
+tutorial.claim("what hard attention by RLOO loses against soft", soft - hard, "<=", 6)
+tutorial.claim("what RLOO gains over REINFORCE", hard - plain, ">=", 3)
+tutorial.finish()

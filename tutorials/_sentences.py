@@ -1,0 +1,175 @@
+"""Pairs of sentences in two languages: Multi30k's, or made ones where these are not at hand."""
+
+import gzip
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from sacrebleu import corpus_bleu
+from torch import Tensor
+
+PAD, UNKNOWN, BEGIN, END = range(4)
+
+
+def split(sentence: str) -> list[str]:
+    """The words and signs of a sentence; what is elided keeps its apostrophe: ``l'``."""
+    return re.findall(r"\w+(?:-\w+)*'?|[^\w\s]", sentence)
+
+
+def join(words: Sequence[str]) -> str:
+    """The sentence of some words, with spaces as French and English have them."""
+    sentence = re.sub(r"(?<=\w') ", "", " ".join(words))
+    return re.sub(r" (?=[.,!?)%])", "", sentence)
+
+
+class Vocabulary:
+    """The words that some sentences have at least ``least`` times, the most frequent ones first."""
+
+    def __init__(self, sentences: Sequence[str], least: int) -> None:
+        counts = Counter(word for sentence in sentences for word in split(sentence))
+        seen = [word for word, count in counts.most_common() if count >= least]
+        self.words = ["<pad>", "<unknown>", "<begin>", "<end>", *seen]
+        self.index = {word: i for i, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def numbers(self, sentences: Sequence[str]) -> Tensor:
+        """Shape ``(number, longest + 2)``: each sentence from BEGIN to END, then PAD."""
+        rows = [
+            [BEGIN, *(self.index.get(word, UNKNOWN) for word in split(sentence)), END]
+            for sentence in sentences
+        ]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+    def sentence(self, numbers: Tensor) -> str:
+        """What stands before END."""
+        words = [self.words[int(n)] for n in numbers]
+        return join(words[: words.index("<end>")] if "<end>" in words else words)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sentences in one language, and what they are in another."""
+
+    source: list[str]
+    target: list[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def first(self, number: int) -> "Pairs":
+        """Some of them."""
+        return Pairs(self.source[:number], self.target[:number])
+
+
+def english_french(folder: Path | None) -> dict[str, Pairs]:
+    """Multi30k's captions of photographs: 29,000 to learn from, and those of 2016 for test.
+
+    Without a folder ``multi30k`` in ``folder``: 800 sentences of a small grammar.
+    """
+    if folder is None or not (folder / "multi30k").is_dir():
+        print("Multi30k is not at hand (see --data): sentences of a small grammar instead")
+        made = _made(800)
+        return {"train": Pairs(*made), "val": Pairs(*made), "test": Pairs(*made)}
+
+    def read(part: str) -> Pairs:
+        texts = []
+        for language in ("en", "fr"):
+            path = folder / "multi30k" / "raw" / f"{part}.{language}.gz"
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                texts.append(file.read().rstrip("\n").split("\n"))
+        return Pairs(*texts)
+
+    return {"train": read("train"), "val": read("val"), "test": read("test_2016_flickr")}
+
+
+NOUNS = {"dog": "chien", "cat": "chat", "boy": "garçon", "man": "homme", "horse": "cheval"}
+COLOURS = {"black": "noir", "white": "blanc", "green": "vert", "small": "petit", "tall": "grand"}
+VERBS = {"sees": "voit", "looks for": "cherche", "follows": "suit", "paints": "peint"}
+
+
+def _made(number: int) -> tuple[list[str], list[str]]:
+    """Sentences in which English has the adjective before the noun, and French behind it."""
+    generator = random.Random(0)
+
+    def someone() -> tuple[str, str]:
+        noun, colour = generator.choice(list(NOUNS)), generator.choice(list(COLOURS))
+        return f"a {colour} {noun}", f"un {NOUNS[noun]} {COLOURS[colour]}"
+
+    def sentence() -> tuple[str, str]:
+        (who, qui), (whom, que), verb = someone(), someone(), generator.choice(list(VERBS))
+        return f"{who} {verb} {whom}.", f"{qui} {VERBS[verb]} {que}."
+
+    english, french = zip(*(sentence() for _ in range(number)), strict=True)
+    return list(english), list(french)
+
+
+def bleu(found: list[str], pairs: Pairs) -> float:
+    """How near translations are to the true ones: cased BLEU."""
+    return corpus_bleu(found, [pairs.target]).score
+
+
+def by_length(source: Tensor, target: Tensor, size: int) -> list[Tensor]:
+    """One epoch: the indices of batches whose sentences are of about the same length.
+
+    Lengths count in steps of four, so that batches have few shapes. The order is random.
+    """
+    steps = [((numbers != PAD).sum(1) + 3) // 4 for numbers in (source, target)]
+    key = 100 * steps[0] + steps[1] + torch.rand(len(source), device=source.device)
+    batches = key.argsort().split(size)
+    return [batches[i] for i in torch.randperm(len(batches))]
+
+
+def trimmed(numbers: Tensor) -> Tensor:
+    """Without the columns that are padding in all rows, but for a length in steps of four."""
+    return numbers[:, : -(-int((numbers != PAD).sum(1).max()) // 4) * 4]
+
+
+class Subset(NamedTuple):
+    """Some words of a vocabulary, in place of all of them.
+
+    Arguments:
+        words: Which they are.
+        correction: What is added to their scores.
+        places: Where among them each target is.
+    """
+
+    words: Tensor
+    correction: Tensor
+    places: Tensor
+
+
+def subset(targets: Tensor, size: int, number: int) -> Subset:
+    """The targets' words, and others at random that stand for all the others.
+
+    A softmax over them estimates that over the whole vocabulary (Jean et al., 2015).
+
+    Arguments:
+        targets: The words of a batch.
+        size: The size of the vocabulary.
+        number: How many words are taken, if there are as many.
+    """
+    number = min(number, size)
+    present = torch.zeros(size, device=targets.device)
+    present[targets] = 1
+    words = (present + torch.rand_like(present)).topk(number).indices
+    others = (size - present.sum()) / (number - present.sum()).clamp(min=1)
+    places = torch.empty(size, dtype=torch.long, device=targets.device)
+    places[words] = torch.arange(number, device=targets.device)
+    return Subset(words, others.log() * (1 - present[words]), places[targets])
+
+
+def show_alignment(axes: Axes, weights: Tensor, source: list[str], target: list[str]) -> None:
+    """A picture of where in a sentence each word of another one looks."""
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=90)
+    axes.set_yticks(range(len(target)), target)
+    axes.tick_params(length=0)
