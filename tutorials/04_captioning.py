@@ -28,13 +28,14 @@ from pyro.optim import LambdaLR
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_nondiff.estimators import REINFORCE, RLOO, Enumerate, MovingAverage
+from pyro_nondiff.distributions import LinearAnnealing
+from pyro_nondiff.estimators import REINFORCE, RLOO, MovingAverage
 from pyro_nondiff.handlers import mode, randomize, soften
 from pyro_nondiff.infer import ExpectedCost, no_guide
-from pyro_nondiff.nn import DotProductAttention
+from pyro_nondiff.nn import AdditiveAttention
 from pyro_nondiff.ops import argmax
 
-SIZE, CELLS, MOST, CHANNELS, HIDDEN, BATCH = 64, 16, 3, 32, 128, 64
+SIZE, CELLS, MOST, CHANNELS, HIDDEN, BATCH = 64, 8, 3, 64, 128, 64
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORDS = [*DIGITS, "above", "below", ".", "<begin>"]
 ABOVE, BELOW, END, BEGIN = range(10, 14)
@@ -77,7 +78,7 @@ def captions(canvases: Canvases) -> tuple[Tensor, Tensor]:
 class Captioner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        sizes = [(1, 16, 5, 2), (16, 24, 3, 2), (24, CHANNELS, 3, 1), (CHANNELS, CHANNELS, 3, 1)]
+        sizes = [(1, 16, 5, 2), (16, 32, 3, 2), (32, 64, 3, 2), (64, CHANNELS, 3, 1)]
         layers: list[nn.Module] = []
         for before, after, kernel, stride in sizes:
             convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2)
@@ -85,11 +86,10 @@ class Captioner(nn.Module):
         self.encoder = nn.Sequential(*layers)
         self.key = nn.Linear(CHANNELS, HIDDEN)
         self.place = nn.Parameter(0.1 * torch.randn(CELLS**2, HIDDEN))
-        self.pool = nn.Sequential(nn.AdaptiveMaxPool2d(4), nn.Flatten())
-        self.gist = nn.Linear(16 * CHANNELS, HIDDEN)
+        self.gist = nn.Linear(CELLS**2 * CHANNELS, HIDDEN)
         self.word = nn.Embedding(len(WORDS), HIDDEN)
         self.decoder = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
-        self.attention = DotProductAttention()
+        self.attention = AdditiveAttention(HIDDEN, HIDDEN, hidden_size=64)
         self.from_state = nn.Linear(HIDDEN, HIDDEN)
         self.from_cell = nn.Linear(CHANNELS, HIDDEN, bias=False)
         self.output = nn.Linear(HIDDEN, len(WORDS))
@@ -98,7 +98,7 @@ class Captioner(nn.Module):
         """Keys and values of the cells, and the decoder's first state."""
         grid = self.encoder(images[:, None])
         values = grid.flatten(2).mT
-        return self.key(values) + self.place, values, self.gist(self.pool(grid)).tanh()[None]
+        return self.key(values) + self.place, values, self.gist(grid.flatten(1)).tanh()[None]
 
     def scores(self, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """How well each word fits as the next."""
@@ -144,9 +144,8 @@ def describe(net: Captioner, images: Tensor) -> tuple[Tensor, Tensor]:
 Handler = Callable[[Callable[..., Any]], Callable[..., Any]]
 VARIANTS: dict[str, tuple[Handler, Any]] = {
     "soft": (soften(), None),
-    "hard, RLOO": (randomize(), RLOO(num_samples=4)),
+    "hard, RLOO": (randomize(), RLOO(num_samples=16)),
     "hard, REINFORCE": (randomize(), REINFORCE(baseline=MovingAverage())),
-    "hard, Enumerate": (randomize(), Enumerate()),
 }
 
 
@@ -162,14 +161,17 @@ def train(name: str, seed: int) -> dict[str, Any]:
     handler, estimator = VARIANTS[name]
     net, (words, _) = Captioner().to(tutorial.device), captions(train_set)
     images, words = train_set.images.to(tutorial.device), words.to(tutorial.device)
-    adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}}
+    adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-3, "fused": True}}
     optimizer = LambdaLR({**adam, "lr_lambda": lambda step: 1 - step / tutorial.steps})
-    svi = SVI(handler(program), no_guide, optimizer, ExpectedCost(estimator))
+    bonus = LinearAnnealing(0.3, 0.0, num_steps=3 * tutorial.steps // 4)
+    objective = ExpectedCost(estimator, entropy_bonus=bonus)
+    svi = SVI(handler(program), no_guide, optimizer, objective)
     losses = []
     for _ in trange(tutorial.steps, desc=name, disable=smoke_test, mininterval=1):
         rows = torch.randint(len(images), (BATCH,))
         losses.append(float(svi.step(net, images[rows], words[rows])) / BATCH)
         optimizer.step()
+        bonus.step()
     true, boxes = (x.to(tutorial.device) for x in captions(test_set))
     said, weights = mode()(handler(describe))(net.eval(), test_set.images.to(tutorial.device))
     asked = nn.functional.pad(true[:, :-1], (1, 0), value=BEGIN) != END
