@@ -195,27 +195,22 @@ for name in VARIANTS:
 def show(axes: Any, image: Tensor, word: str, weights: Tensor) -> None:
     """A canvas, and on it the cells that a word looks at."""
     axes.imshow(image, cmap="gray_r", extent=(0, SIZE, SIZE, 0))
-    colour = weights.reshape(CELLS, CELLS).cpu()
-    alpha = (colour / colour.max()).sqrt() * 0.8
-    axes.imshow(colour, cmap="autumn", alpha=alpha, extent=(0, SIZE, SIZE, 0))
+    grid = weights.reshape(CELLS, CELLS).cpu()
+    red, strength = torch.ones_like(grid), 0.7 * (grid / grid.max()).sqrt()
+    where = {"extent": (0, SIZE, SIZE, 0), "alpha": strength}
+    axes.imshow(red, cmap="autumn_r", vmin=0, vmax=1, **where)
     axes.set(xticks=[], yticks=[], title=word)
 
 
-def picture(canvas: int, names: list[str]) -> Figure:
-    figure = Figure(figsize=(9, 2 * len(names) + 0.3), layout="constrained")
-    for part, name in zip(
-        figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True
-    ):
-        part.suptitle(name)
-        result = tutorial.results[name][0]
-        for k, axes in enumerate(part.subplots(1, 2 * MOST - 1)):
-            word = WORDS[result["words"][canvas, k]]
-            show(axes, test_set.images[canvas], word, result["weights"][canvas, k])
-    return figure
-
-
-longest = int(test_set.counts[:SHOWN].argmax())
-tutorial.picture(picture(longest, ["soft", "hard, RLOO"]))
+figure = Figure(figsize=(9, 4.2), layout="constrained")
+canvas = int(test_set.counts[:SHOWN].argmax())
+for axes_row, name in zip(figure.subplots(2, 2 * MOST - 1), ("soft", "hard, RLOO"), strict=True):
+    result = tutorial.results[name][0]
+    for k, axes in enumerate(axes_row):
+        word, weights = (result[key][canvas, k] for key in ("words", "weights"))
+        show(axes, test_set.images[canvas], WORDS[word], weights)
+    axes_row[0].set_ylabel(name)
+tutorial.picture(figure)
 
 # %% [markdown]
 # ## The result
