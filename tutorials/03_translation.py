@@ -14,10 +14,9 @@
 #     python tutorials/03_translation.py --data DATA --steps 12 --device cuda
 
 # %%
-import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
+from timeit import repeat
 from typing import Any
 
 import pyro
@@ -86,8 +85,8 @@ class Translator(nn.Module):
         self.from_source = nn.Linear(HIDDEN, EMBEDDING, bias=False)
         self.bias = nn.Parameter(torch.zeros(len(french)))
         self.dropout = nn.Dropout(0.2)
-        for embedding in (self.source, self.target):
-            nn.init.normal_(embedding.weight, std=EMBEDDING**-0.5)
+        nn.init.normal_(self.source.weight, std=EMBEDDING**-0.5)
+        nn.init.normal_(self.target.weight, std=EMBEDDING**-0.5)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The memory, where it is no padding, and the decoder's first state."""
@@ -232,12 +231,6 @@ def trained(name: str) -> Translator:
     return net
 
 
-def timed(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def gradient(estimator: str, seed: int) -> dict[str, float]:
     """What a gradient of a batch takes, and its variance for the scores of all places."""
     objective = ExpectedCost(ESTIMATORS[estimator])
@@ -247,18 +240,21 @@ def gradient(estimator: str, seed: int) -> dict[str, float]:
     target = french.numbers(few.target).to(tutorial.device)
     among = subset(target[:, 1:], len(french), CANDIDATES)
     batch = trained("hard, RLOO"), source, target, among
-    step = partial(objective.loss_and_grads, smoothed, no_guide, *batch)
-    seconds = [timed(step) for _ in range(SAMPLES)]  # a moving average settles meanwhile
+
+    def step() -> Tensor:
+        return objective.loss_and_grads(smoothed, no_guide, *batch)
+
+    seconds = median(repeat(step, number=1, repeat=SAMPLES))  # a moving average settles meanwhile
     found = gradient_statistics(objective, smoothed, no_guide, *batch, num_samples=SAMPLES)
     variances = {name: float(site.total_variance) for name, site in found.sites.items()}
-    return {"variance": variances.get("source", 0.0), "milliseconds": 1000 * median(seconds)}
+    return {"variance": variances.get("source", 0.0), "milliseconds": 1000 * seconds}
 
 
 def speed(name: str, seed: int) -> dict[str, float]:
     """What the translation of a sentence takes; hard attention needs no handler then."""
     net, handler = trained("hard, RLOO"), soften() if name == "soft" else ignore()
-    seconds = [timed(lambda: translations(net, handler, "test")) for _ in range(3)]
-    return {"milliseconds": 1000 * median(seconds) / len(data["test"])}
+    seconds = median(repeat(lambda: translations(net, handler, "test"), number=1, repeat=3))
+    return {"milliseconds": 1000 * seconds / len(data["test"])}
 
 
 for name in ESTIMATORS:
@@ -298,41 +294,26 @@ for name in VARIANTS:
 grid["curve"].set(xlabel="epoch", ylabel="BLEU", title="Greedy translations, validation set")
 grid["curve"].legend(frameon=False)
 grid["curve"].grid(alpha=0.3)
-grid["curve"].spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
 # ## The result
 
 # %%
-tutorial.table(
-    ["trained with", "BLEU, validation", "BLEU, test of 2016"],
+bleus = [[name, tutorial.spread(name, "bleu", 1)] for name in VARIANTS]
+tutorial.table(["trained with", "BLEU"], bleus, "Greedy translations of the test set of 2016")
+variance = {name: tutorial.median(f"gradient, {name}", "variance") for name in ESTIMATORS}
+rows = [
     [
-        [
-            name,
-            f"{tutorial.results[name][0]['validation'][-1]:.1f}",
-            tutorial.spread(name, "bleu", 1),
-        ]
-        for name in VARIANTS
-    ],
-    "Greedy translations, cased BLEU",
-)
-reference = tutorial.median("gradient, REINFORCE", "variance")
-tutorial.table(
-    ["a step with", "ms", "variance, relative to REINFORCE"],
-    [
-        [
-            name,
-            tutorial.spread(f"gradient, {name}", "milliseconds", 0),
-            f"{tutorial.median(f'gradient, {name}', 'variance') / reference:.3f}",
-        ]
-        for name in ESTIMATORS
-    ],
-    "The gradient for the scores of all places, of one batch",
-)
-tutorial.table(
-    ["attention", "ms to translate a sentence"],
-    [[name, tutorial.spread(f"speed, {name}", "milliseconds", 1)] for name in ("soft", "hard")],
-)
+        name,
+        tutorial.spread(f"gradient, {name}", "milliseconds", 0),
+        f"{variance[name] / variance['REINFORCE']:.3f}",
+    ]
+    for name in ESTIMATORS
+]
+title = "The gradient of one batch, and its variance for the scores of all places"
+tutorial.table(["", "ms", "variance, relative to REINFORCE"], rows, title)
+speeds = [[name, tutorial.spread(f"speed, {name}", "milliseconds", 1)] for name in ("soft", "hard")]
+tutorial.table(["attention", "ms to translate a sentence"], speeds)
 tutorial.picture(figure)
 soft, hard, plain = (tutorial.median(name, "bleu") for name in VARIANTS)
 tutorial.claim("soft attention: BLEU", soft, ">=", 48)
