@@ -50,12 +50,13 @@ from pyro_nondiff.infer import ExpectedCost, no_guide
 from pyro_nondiff.nn import AdditiveAttention
 from pyro_nondiff.ops import argmax
 
-BATCH, CANDIDATES, EMBEDDING, HIDDEN = 64, 1000, 192, 256
+BATCH, CANDIDATES = (16, 300) if smoke_test else (64, 1000)
+EMBEDDING, HIDDEN = 192, 256
 
 tutorial = Tutorial(__file__, "Translate with attention.", steps=6, smoke=1, unit="epochs", seeds=1)
 data = english_french(tutorial.args.data)
 if smoke_test:
-    data = {part: pairs.first(320) for part, pairs in data.items()}
+    data = {part: pairs.first(160) for part, pairs in data.items()}
 english = Vocabulary(data["train"].source, least=3)
 french = Vocabulary(data["train"].target, least=3)
 

@@ -155,11 +155,11 @@ def subset(targets: Tensor, size: int, number: int) -> Subset:
     Arguments:
         targets: The words of a batch.
         size: The size of the vocabulary.
-        number: How many words are taken, if there are as many.
+        number: How many words are taken: more if the batch has more, fewer if there are no more.
     """
-    number = min(number, size)
     present = torch.zeros(size, device=targets.device)
     present[targets] = 1
+    number = min(max(number, int(present.sum())), size)
     words = (present + torch.rand_like(present)).topk(number).indices
     others = (size - present.sum()) / (number - present.sum()).clamp(min=1)
     places = torch.empty(size, dtype=torch.long, device=targets.device)
