@@ -32,9 +32,14 @@ class AbstractSparse(nn.Module):
     guide does not draw it: it adds nothing to an objective, not even to Pyro's own. What the
     weights cost is :func:`weight_kl`, which a program states once, outside of its plates.
 
-    The layer draws in training mode. In evaluation mode it is what :meth:`prune` returns, without a
-    site: a weight is its mean, or 0 where :math:`\log \alpha` has reached ``threshold``. For
-    predictions that know their uncertainty, average over draws in training mode.
+    A weight is pruned as soon as its :math:`\log \alpha` reaches ``threshold``. It then has neither
+    mean nor noise, and hardly ever comes back: all that moves it is the KL, which asks for more
+    noise. ``threshold=math.inf`` prunes nothing.
+
+    The layer draws in training mode. In evaluation mode, as under
+    :class:`~pyro_nondiff.handlers.mode`, the weights that are kept are their means, and there is no
+    site: :meth:`prune` returns that layer. For predictions that know their uncertainty, average
+    over draws in training mode.
 
     A subclass is a layer of torch as well.
 
@@ -63,11 +68,12 @@ class AbstractSparse(nn.Module):
         """A layer of torch of the same shape, with any numbers in it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """A draw of the activation in training mode, and that of the kept weights in evaluation."""
+        """A draw of the activation in training mode, and its mean in evaluation mode."""
+        mean = self.apply_weights(input, self.kept_weight, self.bias)
         if not self.training:
-            return self.apply_weights(input, self.kept_weight, self.bias)
-        mean = self.apply_weights(input, self.weight, self.bias)
-        variance = self.apply_weights(input.square(), self.log_variance.exp(), None)
+            return mean
+        noise = self.log_variance.exp() * self.kept
+        variance = self.apply_weights(input.square(), noise, None)
         law = dist.Normal(mean, (variance + _EPS).sqrt()).to_event(self.event_dim)
         # masked: an objective of Pyro counts the log-probability of each site of the model
         drawn: Tensor = pyro.sample(self.name, law.mask(False), infer={"is_auxiliary": True})

@@ -1,7 +1,6 @@
 """What a network of sparse layers costs, keeps, and is without its noise."""
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,6 @@ from ..errors import NonDiffError
 from ._sparse import AbstractSparse
 
 __all__ = ["compression", "prune", "weight_kl"]
-
-Net = TypeVar("Net", bound=nn.Module)
 
 
 def weight_kl(net: nn.Module) -> Tensor:
@@ -50,7 +47,7 @@ def weight_kl(net: nn.Module) -> Tensor:
     return torch.stack([layer.kl() for layer in _layers("weight_kl", net)]).sum()
 
 
-def prune(net: Net) -> Net:
+def prune(net: nn.Module) -> nn.Module:
     """A copy of a network with layers of torch in the place of its sparse ones.
 
     It does what the network does in evaluation mode, has no sample sites, and no variances: what is

@@ -61,8 +61,9 @@ def law_of(layer: Any, x: Tensor) -> Any:
 
 
 def moments_by_weights(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation's mean and variance, from all combinations of two nodes a weight."""
-    mean, std = layer.weight, (layer.log_variance / 2).exp()
+    """The activation's mean and variance, from all combinations of two nodes a kept weight."""
+    kept = layer.log_variance - 2 * layer.weight.abs().log() < 3
+    mean, std = layer.weight * kept, (layer.log_variance / 2).exp() * kept
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=mean.numel())))
     drawn = [layer.apply_weights(x, mean + std * sign.view_as(mean), layer.bias) for sign in signs]
     activations = torch.stack(drawn)
@@ -114,10 +115,31 @@ def test_an_input_of_zeros_has_a_finite_gradient(
     assert all(leaf.grad.isfinite().all() for leaf in (x, *layer.parameters()))
 
 
-def test_mode_takes_the_means_of_all_weights() -> None:
+def test_planted_noise_of_pruned_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = property(lambda layer: torch.ones_like(layer.weight))
+    monkeypatch.setattr(AbstractSparse, "kept", everything)
+    with pytest.raises(AssertionError):
+        check_moments(*LAYERS["linear"])
+
+
+def test_mode_is_the_layer_in_evaluation_mode() -> None:
     layer, x = linear_layer(), torch.randn(4, 3)
     with mode():
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        drawn = layer(x)
+    assert torch.equal(drawn, layer.eval()(x))
+
+
+def test_a_pruned_weight_is_moved_by_its_kl_alone_towards_more_noise() -> None:
+    layer = linear_layer()
+    layer(torch.randn(4, 3)).square().sum().backward()
+    pruned = ~layer.kept
+    assert 0 < pruned.sum() < pruned.numel()
+    assert not layer.weight.grad[pruned].any()
+    assert not layer.log_variance.grad[pruned].any()
+    layer.zero_grad()
+    layer.kl().backward()
+    assert (layer.log_variance.grad < 0).all()
+    assert (layer.weight.grad * layer.weight > 0).all()
 
 
 # --- in a program -----------------------------------------------------------------------------
@@ -128,7 +150,8 @@ class Program(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = randomized(SparseLinear("layer", 2, 1))
+        self.layer = SparseLinear("layer", 2, 1, log_variance=-2.0)
+        self.layer.weight.data.copy_(torch.tensor([[0.8, -0.3]]))
         self.logit = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, beta: float = 0.7) -> None:

@@ -131,7 +131,7 @@ class Net(nn.Module):
 
 def test_a_pruned_network_is_the_network_in_evaluation_mode() -> None:
     net, x = Net().eval(), torch.randn(4, 1, 3, 3)
-    pruned = prune(net)
+    pruned: Any = prune(net)
     assert torch.equal(pruned(x), net(x))
     kinds = {type(module) for module in pruned.modules()}
     assert not any(issubclass(kind, AbstractSparse) for kind in kinds)
@@ -148,8 +148,7 @@ def test_pruning_leaves_the_network_as_it_is() -> None:
 
 
 def test_a_layer_is_pruned_as_a_network() -> None:
-    layer: nn.Module = SparseLinear("layer", 3, 2)
-    assert type(prune(layer)) is nn.Linear
+    assert type(prune(SparseLinear("layer", 3, 2))) is nn.Linear
 
 
 def test_compression_counts_weights_and_no_biases() -> None:
