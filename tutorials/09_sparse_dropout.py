@@ -60,8 +60,9 @@ if smoke_test:
 #
 # $$ a \sim \mathcal{N}(x \mu + b, \; x^2 \sigma^2) $$
 #
-# This is the local reparameterisation. The site's name is the layer's first argument. In
-# `net.eval()` there is no site: what is pruned is 0, and the other weights are their means.
+# This is the local reparameterisation. The site's name is the layer's first argument. A weight
+# whose noise has become 4.5 times its mean ($\log \alpha = 3$) is pruned: it is 0 from then on. In
+# `net.eval()` there is no site, and the other weights are their means.
 
 # %%
 Layer = Callable[[str, int, int], nn.Module]
