@@ -2,8 +2,8 @@
 # # Sparse dropout: a network that prunes itself
 #
 # Each weight of a network has noise of its own, and learns how much of it. On MNIST all but one in
-# ninety drown in theirs and are thrown away, and the network that is left knows what it does not
-# know.
+# eighty drown in theirs and are thrown away, and the network that is left doubts what it has never
+# seen.
 #
 # The lecture keeps dropout for two reasons: it prunes a network, and it tells how sure one is. For
 # both, the *rate* of the noise should be learnt, weight by weight, and a rate has a gradient only
