@@ -216,6 +216,8 @@ def figure() -> Figure:
     second.set(title="Second layer, sorted", xlabel="300 inputs", ylabel="100 outputs")
     curve.semilogy(range(1, tutorial.steps + 1), runs["sparse"]["compressions"], color="C3")
     curve.set(title="Weights to one that is kept", xlabel="epoch")
+    curve.set_yticks([1, 3, 10, 30, 100], labels=[1, 3, 10, 30, 100])
+    curve.minorticks_off()
 
     left, right = below.subgridspec(1, 2, width_ratios=[1.5, 1])
     strip, *bars = left.subgridspec(3, 1, height_ratios=[0.35, 1, 1]).subplots()
