@@ -69,7 +69,6 @@ intersphinx_mapping = (
 nitpick_ignore_regex = [
     # Documented by other projects, and not to be found without the network.
     (r"py:.*", r"(torch|pyro|numpy)(\..*)?"),
-    (r"py:.*", r"pyro_nondiff\.nn\._sparsity\.Net"),  # a type variable
     (r"py:.*", r"(abc|collections|contextlib|dataclasses|types|typing|pathlib)\..*"),
 ]
 

@@ -198,7 +198,12 @@ def figure(runs: dict[str, Any], variances: dict[str, float], observed: Tensor) 
 
 def main() -> None:
     tutorial = Tutorial(
-        __file__, "Train a VAE with a code of bits four times.", steps=3000, smoke=20, seeds=1
+        __file__,
+        "Train a VAE with a code of bits four times.",
+        steps=3000,
+        smoke=20,
+        seeds=1,
+        needs_data=False,
     )
     torch.set_num_threads(1)  # the tensors are too small to be worth sharing out
     splits = mnist(tutorial.args.data)

@@ -199,6 +199,7 @@ def main() -> None:
         smoke=5_000,
         unit="gradients",
         seeds=1,
+        needs_data=False,
     )
     (table,) = tutorial.run("the lecture's table", lecture, tutorial.steps)
     (curves,) = tutorial.run("the review's picture", review, tutorial.steps)
