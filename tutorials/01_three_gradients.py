@@ -27,6 +27,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _pictures import tidy
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -184,8 +185,7 @@ def figure(found: dict[str, dict[str, float]]) -> Figure:
         axes.set(yscale="log", xlabel="$k$", title=f"cost {title}")
         axes.set_xscale("log" if logarithmic else "linear")
         axes.set_ylim(bottom=1e-4)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        tidy(axes)
     panels[0].set_ylabel("variance of the gradient")
     panels[0].legend(frameon=False)
     return fig

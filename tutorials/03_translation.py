@@ -22,6 +22,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from _pictures import alignment, tidy
 from _sentences import (
     BEGIN,
     END,
@@ -32,7 +33,6 @@ from _sentences import (
     bleu,
     by_length,
     english_french,
-    show_alignment,
     subset,
     trimmed,
 )
@@ -280,7 +280,7 @@ def show(axes: Any, name: str, sentence: str) -> None:
     states, _ = net.decode(nn.functional.pad(words[:, :-1], (1, 0), value=BEGIN), first)
     weights = mode()(handler(argmax))("weights", net.attention.scores(states, memory, real))
     read, written = ([v.words[n] for n in w[0]] for v, w in ((english, source), (french, words)))
-    show_alignment(axes, weights[0].cpu(), read, written)
+    alignment(axes, weights[0].cpu(), read, written)
     axes.set_title(name)
 
 
@@ -294,7 +294,7 @@ for name in VARIANTS:
     grid["curve"].plot(range(1, len(scores) + 1), scores, marker="o", label=name)
 grid["curve"].set(xlabel="epoch", ylabel="BLEU", title="Greedy translations, validation set")
 grid["curve"].legend(frameon=False)
-grid["curve"].grid(alpha=0.3)
+tidy(grid["curve"])
 
 # %% [markdown]
 # ## The result

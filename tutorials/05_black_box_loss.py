@@ -29,6 +29,7 @@ import pyro.distributions as dist
 import torch
 from _cartpole import Steps, play
 from _digits import Split, mnist
+from _pictures import tidy
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -293,8 +294,7 @@ def figure(policies: dict[str, Any], readers: dict[str, Any]) -> Figure:
     right.set(xlabel="steps", ylabel="% right", title="Sums of two test digits", ylim=(0, 100))
     for axes in (lengths, noise, right):
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return fig
 
 

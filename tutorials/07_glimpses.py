@@ -22,9 +22,10 @@ import pyro.distributions as dist
 import torch
 from _canvases import Canvases, clutter, with_digits
 from _digits import Split, mnist
+from _pictures import boxes as draw_boxes
+from _pictures import strip, tidy
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor, nn
@@ -168,6 +169,7 @@ def error(handler: AbstractHandler, net: Glimpses, test: Canvases) -> float:
 
 # %%
 COLOURS = ["#aaaaaa", "#b5441c", "#d9a441", "#6a7d1e", "#1f6f8b"]
+LOOKS = ["#8fb8c8", "#4a8fa8", "#b5441c"]
 PIECES = {"translated": 0, "cluttered": 4}
 
 
@@ -179,22 +181,15 @@ def figure(runs: dict[tuple[str, str], list[dict[str, Any]]], shown: Tensor) -> 
             curves = torch.tensor([run["curve"] for run in runs[kind, name]])
             axes.plot(*curves.median(0).values.T, color=colour, label=name, linewidth=2)
         axes.set(xlabel="step", title=f"{kind.capitalize()} digits: test error, %", ylim=(0, 90))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     axes.legend(frameon=False, loc="upper right")
-    rows = right.subplots(2, len(shown))
-    for row, name in zip(rows, ("REINFORCE", "spatial transformer"), strict=True):
-        for axes, image, boxes in zip(row, shown, runs["cluttered", name][0]["boxes"], strict=True):
-            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-            for (x, y, w, h), colour in zip((boxes * SIZE).tolist(), LOOKS, strict=True):
-                axes.add_patch(Rectangle((x, y), w, h, fill=False, color=colour, linewidth=1.5))
-            axes.set(xticks=[], yticks=[], xlim=(0, SIZE), ylim=(SIZE, 0))
-        row[0].set_ylabel(name)
+    for axes, name in zip(right.subplots(2), ("REINFORCE", "spatial transformer"), strict=True):
+        strip(axes, shown[:, None], name.replace(" ", "\n"))
+        looks = runs["cluttered", name][0]["boxes"].split(1, dim=1)
+        for look, colour in zip(looks, LOOKS, strict=True):
+            draw_boxes(axes, look, color=colour, linewidth=1.5)
     right.suptitle("Where it looks: first, second, third", fontsize="large")
     return fig
-
-
-LOOKS = ["#8fb8c8", "#4a8fa8", "#b5441c"]
 
 
 def main() -> None:

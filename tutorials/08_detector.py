@@ -30,7 +30,7 @@ from _boxes import f1, iou, mean_iou, middle_cells, pick, right_detections, surv
 from _canvases import Canvases, with_digits
 from _digits import mnist
 from _pictures import boxes as draw_boxes
-from _pictures import strip
+from _pictures import strip, tidy
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -254,8 +254,7 @@ for name, colour in COLOURS.items():
     curves.plot(LEAST, curve, color=colour, label=name, linewidth=2)
 curves.set(xlabel="IoU that a right detection needs", ylabel="F1, %")
 curves.legend(frameon=False)
-curves.grid(alpha=0.3)
-curves.spines[["top", "right"]].set_visible(False)
+tidy(curves)
 for axes, (name, colour) in zip(bottom.subplots(3), COLOURS.items(), strict=True):
     run = tutorial.results[name][0]
     strip(axes, run["images"][:, None], name.replace("Spatial", "Spatial\n"))

@@ -30,6 +30,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from _digits import mnist
+from _pictures import tidy
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -242,8 +243,7 @@ def figure() -> Figure:
     entropy.legend(frameon=False)
     wrong.set(ylabel="error, %", xlabel="degrees", xticks=range(0, 181, 30))
     for axes in (curve, entropy, wrong):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return fig
 
 

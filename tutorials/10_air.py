@@ -33,6 +33,7 @@ import pyro.distributions as dist
 import torch
 from _canvases import Canvases, with_digits
 from _digits import Split, mnist
+from _pictures import boxes, strip
 from _tutorial import Tutorial, smoke_test
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
@@ -43,6 +44,7 @@ from pyro_nondiff.distributions import ExponentialAnnealing
 from pyro_nondiff.estimators import RLOO, AbstractEstimator, Enumerate
 from pyro_nondiff.handlers import SpatialTransformer
 from pyro_nondiff.infer import CompiledSVI, TraceEstimator_ELBO, config_estimator
+from pyro_nondiff.nn import batchify
 from pyro_nondiff.ops import crop, paste
 
 tutorial = Tutorial(__file__, "Count, find and draw digits.", steps=600, smoke=15)
@@ -89,12 +91,13 @@ test = canvases(test_digits, 200 if smoke_test else 10_000, seed=1)
 class AIR(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.see = nn.Sequential(
+        see = nn.Sequential(
             *[nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU()],
             *[nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()],
             *[nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()],
             *[nn.Linear(32 * ((SIZE + 7) // 8) ** 2, HIDDEN), nn.ReLU()],
         )
+        self.see = batchify(see, event_dim=3)
         self.count = network(HIDDEN, MOST + 1)
         self.place = network(HIDDEN, 2 * 3)
         self.encode = network(SIDE**2, 2 * CODE)
@@ -124,18 +127,15 @@ class AIR(nn.Module):
         covers = (box(where)[..., 2, None, None, None] * SIZE / SIDE) ** 2
         return paste(name, patch * covers, box(where), (SIZE, SIZE))
 
-    def embed(self, picture: Tensor) -> Tensor:
-        return self.see(picture.flatten(0, -4)).unflatten(0, picture.shape[:-3])
-
     def guide(self, picture: Tensor) -> None:
         pyro.module("air", self)
         with pyro.plate("pictures", len(picture)):
-            seen = self.embed(picture)
+            seen = self.see(picture)
             count = pyro.sample("count", dist.OneHotCategorical(logits=self.count(seen)))
             left = picture
             for k in range(MOST):
                 with poutine.mask(mask=count[..., k + 1 :].sum(-1) > 0):
-                    where = pyro.sample(f"where {k}", normal(self.place(self.embed(left))))
+                    where = pyro.sample(f"where {k}", normal(self.place(self.see(left))))
                     glimpse = crop(f"glimpse {k}", left, box(where), (SIDE, SIDE))
                     what = pyro.sample(f"what {k}", normal(self.encode(glimpse.flatten(-3))))
                 left = left - self.draw(f"explained {k}", where, what)
@@ -204,7 +204,7 @@ EVERY, ENOUGH = 5 if smoke_test else 25, 0.90
 @torch.no_grad()
 def accuracy(air: AIR, canvases: Canvases) -> float:
     parts = canvases.images[:, None].split(500)
-    found = torch.cat([air.count(air.embed(part)).argmax(-1) for part in parts])
+    found = torch.cat([air.count(air.see(part)).argmax(-1) for part in parts])
     return (found == canvases.counts).float().mean().item()
 
 
@@ -255,17 +255,15 @@ air.load_state_dict(tutorial.results["Enumerate"][0]["air"])
 with torch.no_grad():
     found = poutine.trace(smooth(air.guide)).get_trace(shown)
     drawn = poutine.replay(smooth(air.model), found)(shown)
-boxes = [SIZE * box(found.nodes[f"where {k}"]["value"]) for k in range(MOST)]
-figure, (strip, curves) = plt.subplots(2, figsize=(10, 5), layout="constrained")
-rows = torch.stack([shown, drawn])[:, :, 0].transpose(1, 2).reshape(2 * SIZE, -1)
-strip.imshow(rows.cpu(), cmap="gray_r", vmin=0, vmax=1)
-for n, count in enumerate(found.nodes["count"]["value"].argmax(-1).tolist()):
-    for k in range(count):
-        x, y, width, height = boxes[k][n].tolist()
-        corner, look = (x + n * SIZE - 0.5, y + SIZE - 0.5), {"fill": False, "linewidth": 1.5}
-        strip.add_patch(plt.Rectangle(corner, width, height, edgecolor=("r", "b")[k], **look))
-strip.vlines(SIZE * torch.arange(1, 10) - 0.5, -0.5, 2 * SIZE - 0.5, color="gray", linewidth=0.8)
-strip.set(xticks=[], yticks=[SIZE / 2, 3 * SIZE / 2], yticklabels=["shown", "drawn"])
+figure, (above, below, curves) = plt.subplots(
+    3, figsize=(10, 5), height_ratios=[1, 1, 3], layout="constrained"
+)
+strip(above, shown, "shown")
+strip(below, drawn, "drawn")
+for k, colour in enumerate(("red", "blue")):
+    there = found.nodes["count"]["value"].argmax(-1) > k
+    places = box(found.nodes[f"where {k}"]["value"]) * there[:, None]
+    boxes(below, places[:, None], color=colour, linewidth=1.5)
 for colour, (name, runs) in enumerate(tutorial.results.items()):
     right = torch.tensor([run["curve"] for run in runs]).T
     lines = curves.plot(EVERY * torch.arange(1, len(right) + 1), right, f"C{colour}", alpha=0.8)

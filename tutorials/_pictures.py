@@ -1,4 +1,4 @@
-"""Pictures in rows, and what is looked at in them."""
+"""Pictures in rows, what is looked at in them, and the frame of a plot."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +21,20 @@ def strip(axes: Axes, images: Tensor, title: str) -> None:
     axes.set_ylabel(title, rotation=0, ha="right", va="center")
     axes.set(xticks=[], yticks=[], xlim=(-0.05, GAP * len(images)), ylim=(1.05, -0.05))
     axes.spines[:].set_visible(False)
+
+
+def tidy(axes: Axes) -> None:
+    """A light grid, and a frame at the left and below only."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def alignment(axes: Axes, weights: Tensor, source: list[str], target: list[str]) -> None:
+    """Where in a sentence each word of another one looks."""
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=90)
+    axes.set_yticks(range(len(target)), target)
+    axes.tick_params(length=0)
 
 
 def outline(axes: Axes, theta: Tensor, colours: Sequence[str]) -> None:

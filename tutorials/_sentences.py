@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.axes import Axes
 from sacrebleu import corpus_bleu
 from torch import Tensor
 
@@ -165,11 +164,3 @@ def subset(targets: Tensor, size: int, number: int) -> Subset:
     places = torch.empty(size, dtype=torch.long, device=targets.device)
     places[words] = torch.arange(number, device=targets.device)
     return Subset(words, others.log() * (1 - present[words]), places[targets])
-
-
-def show_alignment(axes: Axes, weights: Tensor, source: list[str], target: list[str]) -> None:
-    """A picture of where in a sentence each word of another one looks."""
-    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(source)), source, rotation=90)
-    axes.set_yticks(range(len(target)), target)
-    axes.tick_params(length=0)

@@ -91,7 +91,7 @@ class Tutorial:
     def spread(self, name: str, key: str, digits: int = 2) -> str:
         """The median of one number of a run, with its lowest and highest value."""
         values = [result[key] for result in self.results[name]]
-        median = f"{statistics.median(values):.{digits}f}"
+        median = f"{self.median(name, key):.{digits}f}"
         if len(values) == 1:
             return median
         return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
