@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from _arguments import parsed, timing_parser
@@ -92,15 +93,10 @@ def look(
     plan = elbo.plan_of(vae.model, vae.guide, batch)
     soft = sum(branches.soft for branches in plan.branches)
     steps: dict[str, Step] = {}
-    for kind, make in (("eager", SVI), ("compiled", compiled(args.backend))):
+    for kind, make in (("eager", SVI), ("compiled", partial(CompiledSVI, backend=args.backend))):
         svi = make(vae.model, vae.guide, Adam({"lr": LEARNING_RATE}), elbo)
         steps[f"{name} {kind}"] = lambda svi=svi: svi.step(batch)
     return Found(mean, variance, plan.base * plan.num_rows, soft), steps
-
-
-def compiled(backend: str) -> Callable[..., CompiledSVI]:
-    """Makes a CompiledSVI of that backend."""
-    return lambda *args: CompiledSVI(*args, backend=backend)
 
 
 def relative_bias(found: Found, reference: Found, draws: int) -> float:

@@ -49,6 +49,9 @@ CARD = """:::{{grid-item-card}} {title}
 """
 
 
+SIGNS = {"<=": "≤", ">=": "≥"}
+
+
 def write_pages(app: Any) -> None:
     """Write a notebook of each script, without running it, and the gallery."""
     PAGES.mkdir(exist_ok=True)
@@ -99,9 +102,6 @@ def results(found: dict[str, Any]) -> str:
         f"{found['hardware']}."
     )
     return "\n\n".join(parts)
-
-
-SIGNS = {"<=": "≤", ">=": "≥"}
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> str:
