@@ -15,6 +15,7 @@
 
 # %%
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from timeit import repeat
 from typing import Any
@@ -22,20 +23,8 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from _pictures import alignment, tidy
-from _sentences import (
-    BEGIN,
-    END,
-    PAD,
-    UNKNOWN,
-    Subset,
-    Vocabulary,
-    bleu,
-    by_length,
-    english_french,
-    subset,
-    trimmed,
-)
+from _pictures import alignment, curves
+from _sentences import BEGIN, END, PAD, UNKNOWN, Corpus, Subset
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -53,12 +42,8 @@ from pyro_nondiff.ops import argmax
 BATCH, CANDIDATES = (16, 300) if smoke_test else (64, 1000)
 EMBEDDING, HIDDEN = 192, 256
 
-tutorial = Tutorial(__file__, "Translate with attention.", steps=6, smoke=1, unit="epochs", seeds=1)
-data = english_french(tutorial.args.data)
-if smoke_test:
-    data = {part: pairs.first(160) for part, pairs in data.items()}
-english = Vocabulary(data["train"].source, least=3)
-french = Vocabulary(data["train"].target, least=3)
+tutorial = Tutorial(__file__, "Translate with attention.", steps=6, smoke=1, unit="epochs")
+corpus = Corpus(tutorial.args.data, tutorial.device, few=smoke_test)
 
 # %% [markdown]
 # ## The network
@@ -76,15 +61,15 @@ french = Vocabulary(data["train"].target, least=3)
 class Translator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.source = nn.Embedding(len(english), EMBEDDING)
-        self.target = nn.Embedding(len(french), EMBEDDING)
+        self.source = nn.Embedding(len(corpus.english), EMBEDDING)
+        self.target = nn.Embedding(len(corpus.french), EMBEDDING)
         self.encoder = nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True, batch_first=True)
         self.decoder = nn.GRU(EMBEDDING, HIDDEN, batch_first=True)
         self.start = nn.Linear(HIDDEN, HIDDEN)
         self.attention = AdditiveAttention(HIDDEN, HIDDEN, hidden_size=128)
         self.from_state = nn.Linear(HIDDEN, EMBEDDING)
         self.from_source = nn.Linear(HIDDEN, EMBEDDING, bias=False)
-        self.bias = nn.Parameter(torch.zeros(len(french)))
+        self.bias = nn.Parameter(torch.zeros(len(corpus.french)))
         self.dropout = nn.Dropout(0.2)
         nn.init.normal_(self.source.weight, std=EMBEDDING**-0.5)
         nn.init.normal_(self.target.weight, std=EMBEDDING**-0.5)
@@ -161,49 +146,36 @@ def translate(net: Translator, source: Tensor, longest: int = 40) -> Tensor:
 Handler = Callable[[Callable[..., Any]], Callable[..., Any]]
 VARIANTS: dict[str, tuple[Handler, Any]] = {
     "soft": (soften(), None),
-    "hard, RLOO": (randomize(), RLOO(num_samples=2)),
+    "hard, RLOO": (randomize(), RLOO(num_samples=4)),
     "hard, REINFORCE": (randomize(), REINFORCE(baseline=MovingAverage())),
 }
 
 
-def translations(net: Translator, handler: Handler, part: str) -> list[str]:
-    """Greedy ones, in batches of sentences of similar length."""
-    net.eval()
-    numbers = english.numbers(data[part].source).to(tutorial.device)
-    order = (numbers != PAD).sum(1).argsort()
-    greedy = mode()(handler(translate))
-    batches = [greedy(net, trimmed(numbers[rows])) for rows in order.split(256)]
+def bleu(net: Translator, handler: Handler, part: str) -> float:
+    found = corpus.bleu(part, partial(mode()(handler(translate)), net.eval()))
     net.train()
-    found = [french.sentence(words) for batch in batches for words in batch]
-    return [found[place] for place in order.argsort()]
+    return found
 
 
-def train(name: str, seed: int) -> dict[str, Any]:
+def learn(name: str, seed: int) -> dict[str, Any]:
     handler, estimator = VARIANTS[name]
-    net = Translator().to(tutorial.device)
-    source = english.numbers(data["train"].source).to(tutorial.device)
-    target = french.numbers(data["train"].target).to(tutorial.device)
-    steps = tutorial.steps * -(-len(source) // BATCH)
+    net, curve = Translator().to(tutorial.device), []
+    steps = tutorial.steps * -(-len(corpus.pairs["train"]) // BATCH)
     adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-3, "fused": True}}
     optimizer = LambdaLR({**adam, "lr_lambda": lambda step: 1 - step / steps})
     svi = SVI(handler(program), no_guide, optimizer, ExpectedCost(estimator))
-    validation, batches = [], []
     bar = trange(steps, desc=name, disable=smoke_test, mininterval=1)
-    for _ in bar:
-        rows = (batches := batches or by_length(source, target, BATCH)).pop()
-        words = trimmed(target[rows])
-        among = subset(words[:, 1:], len(french), CANDIDATES)
-        svi.step(net, trimmed(source[rows]), words, among)
-        optimizer.step()
-        if not batches:
-            validation.append(bleu(translations(net, handler, "val"), data["val"]))
-            bar.set_postfix(BLEU=f"{validation[-1]:.1f}")
-    test = bleu(translations(net, handler, "test"), data["test"])
-    return {"bleu": test, "validation": validation, "net": net.state_dict()}
+    for epoch in range(1, tutorial.steps + 1):
+        for batch in corpus.epoch(BATCH, CANDIDATES):
+            svi.step(net, *batch)
+            optimizer.step()
+            bar.update()
+        curve.append((epoch, bleu(net, handler, "val")))
+        bar.set_postfix(BLEU=f"{curve[-1][1]:.1f}")
+    return {"curve": curve, "bleu": bleu(net, handler, "test"), "net": net.state_dict()}
 
 
-for name in VARIANTS:
-    tutorial.run(name, train, name)
+variants = {name: tutorial.run(name, learn, name) for name in VARIANTS}
 
 # %% [markdown]
 # ## What a step costs, and how noisy it is
@@ -220,15 +192,15 @@ SAMPLES = 2 if smoke_test else 20
 ESTIMATORS = {
     "soft": None,
     "REINFORCE": REINFORCE(baseline=MovingAverage()),
-    "RLOO": RLOO(num_samples=2),
+    "RLOO": RLOO(num_samples=4),
     "REBAR": REBAR(),
     "Enumerate": Enumerate(),
 }
 
 
-def trained(name: str) -> Translator:
+def trained(name: str, seed: int) -> Translator:
     net = Translator().to(tutorial.device).eval()
-    net.load_state_dict(tutorial.results[name][0]["net"])
+    net.load_state_dict(variants[name][tutorial.seeds.index(seed)]["net"])
     return net
 
 
@@ -236,26 +208,21 @@ def gradient(estimator: str, seed: int) -> dict[str, float]:
     """What a gradient of a batch takes, and its variance for the scores of all places."""
     objective = ExpectedCost(ESTIMATORS[estimator])
     smoothed = (soften() if estimator == "soft" else randomize())(program)
-    few = data["val"].first(BATCH)
-    source = english.numbers(few.source).to(tutorial.device)
-    target = french.numbers(few.target).to(tutorial.device)
-    among = subset(target[:, 1:], len(french), CANDIDATES)
-    batch = trained("hard, RLOO"), source, target, among
-
-    def step() -> Tensor:
-        return objective.loss_and_grads(smoothed, no_guide, *batch)
-
-    seconds = median(repeat(step, number=1, repeat=SAMPLES))  # a moving average settles meanwhile
-    found = gradient_statistics(objective, smoothed, no_guide, *batch, num_samples=SAMPLES)
-    variances = {name: float(site.total_variance) for name, site in found.sites.items()}
-    return {"variance": variances.get("source", 0.0), "milliseconds": 1000 * seconds}
+    batch = corpus.batch("val", torch.arange(BATCH), CANDIDATES)
+    step = objective, smoothed, no_guide, trained("hard, RLOO", seed), *batch
+    # A moving average settles meanwhile.
+    seconds = median(repeat(partial(ExpectedCost.loss_and_grads, *step), number=1, repeat=SAMPLES))
+    found = gradient_statistics(*step, num_samples=SAMPLES).sites
+    variance = float(found["source"].total_variance) if "source" in found else 0.0
+    return {"variance": variance, "milliseconds": 1000 * seconds}
 
 
 def speed(name: str, seed: int) -> dict[str, float]:
     """What the translation of a sentence takes; hard attention needs no handler then."""
-    net, handler = trained("hard, RLOO"), soften() if name == "soft" else ignore()
-    seconds = median(repeat(lambda: translations(net, handler, "test"), number=1, repeat=3))
-    return {"milliseconds": 1000 * seconds / len(data["test"])}
+    handler = soften() if name == "soft" else ignore()
+    greedy = partial(mode()(handler(translate)), trained("hard, RLOO", seed))
+    seconds = median(repeat(lambda: corpus.translated("test", greedy), number=1, repeat=3))
+    return {"milliseconds": 1000 * seconds / len(corpus.pairs["test"])}
 
 
 for name in ESTIMATORS:
@@ -273,14 +240,14 @@ for name in ("soft", "hard"):
 # %%
 @torch.no_grad()
 def show(axes: Any, name: str, sentence: str) -> None:
-    net, handler = trained(name), VARIANTS[name][0]
-    source = english.numbers([sentence]).to(tutorial.device)
+    net, handler = trained(name, tutorial.seeds[0]), VARIANTS[name][0]
+    source = corpus.english.numbers([sentence]).to(tutorial.device)
     memory, real, first = net.encode(source)
     words = mode()(handler(translate))(net, source)
     states, _ = net.decode(nn.functional.pad(words[:, :-1], (1, 0), value=BEGIN), first)
     weights = mode()(handler(argmax))("weights", net.attention.scores(states, memory, real))
-    read, written = ([v.words[n] for n in w[0]] for v, w in ((english, source), (french, words)))
-    alignment(axes, weights[0].cpu(), read, written)
+    read, written = [corpus.english.words[n] for n in source[0]], corpus.french.words
+    alignment(axes, weights[0].cpu(), read, [written[n] for n in words[0]])
     axes.set_title(name)
 
 
@@ -289,33 +256,25 @@ figure = Figure(figsize=(9, 8.6), layout="constrained")
 grid = figure.subplot_mosaic([["soft", "hard, RLOO"], ["curve", "curve"]], height_ratios=[5, 3])
 for name in ("soft", "hard, RLOO"):
     show(grid[name], name, SENTENCE)
-for name in VARIANTS:
-    scores = tutorial.results[name][0]["validation"]
-    grid["curve"].plot(range(1, len(scores) + 1), scores, marker="o", label=name)
+curves(grid["curve"], variants, ["C0", "C1", "C2"])
 grid["curve"].set(xlabel="epoch", ylabel="BLEU", title="Greedy translations, validation set")
-grid["curve"].legend(frameon=False)
-tidy(grid["curve"])
+tutorial.picture(figure)
 
 # %% [markdown]
 # ## The result
 
 # %%
-bleus = [[name, tutorial.spread(name, "bleu", 1)] for name in VARIANTS]
-tutorial.table(["trained with", "BLEU"], bleus, "Greedy translations of the test set of 2016")
-variance = {name: tutorial.median(f"gradient, {name}", "variance") for name in ESTIMATORS}
-rows = [
-    [
-        name,
-        tutorial.spread(f"gradient, {name}", "milliseconds", 0),
-        f"{variance[name] / variance['REINFORCE']:.3f}",
-    ]
-    for name in ESTIMATORS
-]
+rows = [[name, tutorial.spread(name, "bleu", 1)] for name in VARIANTS]
+tutorial.table(["trained with", "BLEU"], rows, "Greedy translations of the test set of 2016")
+most = tutorial.median("gradient, REINFORCE", "variance")
+rows = []
+for name in ESTIMATORS:
+    share = tutorial.median(f"gradient, {name}", "variance") / most
+    rows.append([name, tutorial.spread(f"gradient, {name}", "milliseconds", 0), f"{share:.3f}"])
 title = "The gradient of one batch, and its variance for the scores of all places"
 tutorial.table(["", "ms", "variance, relative to REINFORCE"], rows, title)
-speeds = [[name, tutorial.spread(f"speed, {name}", "milliseconds", 1)] for name in ("soft", "hard")]
-tutorial.table(["attention", "ms to translate a sentence"], speeds)
-tutorial.picture(figure)
+rows = [[name, tutorial.spread(f"speed, {name}", "milliseconds", 1)] for name in ("soft", "hard")]
+tutorial.table(["attention", "ms to translate a sentence"], rows)
 soft, hard, plain = (tutorial.median(name, "bleu") for name in VARIANTS)
 tutorial.claim("soft attention: BLEU", soft, ">=", 48)
 tutorial.claim("what hard attention by RLOO loses against soft", soft - hard, "<=", 6)

@@ -13,14 +13,15 @@
 
 # %%
 from collections.abc import Callable
+from functools import cache
 from statistics import median
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from _canvases import Canvases, with_digits
-from _digits import mnist
+from _captions import BEGIN, END, Captions, before, digits, emoji, inside
+from _pictures import looked_at
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -35,68 +36,57 @@ from pyro_nondiff.infer import ExpectedCost, no_guide
 from pyro_nondiff.nn import AdditiveAttention
 from pyro_nondiff.ops import argmax
 
-SIZE, CELLS, MOST, CHANNELS, HIDDEN, BATCH = 64, 8, 3, 64, 128, 64
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-WORDS = [*DIGITS, "above", "below", ".", "<begin>"]
-ABOVE, BELOW, END, BEGIN = range(10, 14)
+CELLS, CHANNELS, HIDDEN, BATCH = 8, 64, 128, 64
 
-tutorial = Tutorial(__file__, "Caption canvases of digits.", steps=2000, smoke=10, seeds=1)
-learn, held_out = mnist(tutorial.args.data)
-train_set = with_digits(learn, 300 if smoke_test else 20_000, SIZE, most=MOST, seed=0)
-test_set = with_digits(held_out, 100 if smoke_test else 2000, SIZE, most=MOST, seed=1)
+tutorial = Tutorial(__file__, "Caption canvases of digits, and emoji.", steps=3000, smoke=10)
 
 # %% [markdown]
-# ## The captions
+# ## The pictures
 #
-# One to three digits are named from left to right. Between two of them a word says whether the one
-# is above or below the next. So each caption has one truth.
+# One to three digits on a canvas are named from left to right. Between two of them a word says
+# whether the one is above or below the next. So each canvas has one true caption. As a second
+# gallery there are emoji, whose captions are their names, and nobody knows what a word names.
 
 
 # %%
-def captions(canvases: Canvases) -> tuple[Tensor, Tensor]:
-    """Words of shape ``(number, 2 * MOST)``, and the box of the digit that each one names."""
-    x0, y0, w, h = canvases.boxes.unbind(-1)
-    present = canvases.labels >= 0
-    order = torch.where(present, x0 + w / 2, 2.0).argsort(1)
-    digits, middle, present = (x.gather(1, order) for x in (canvases.labels, y0 + h / 2, present))
-    relations = torch.where(middle < middle.roll(-1, 1), ABOVE, BELOW)
-    followed = present.roll(-1, 1) & (torch.arange(MOST) < MOST - 1)
-    names, between = digits.where(present, END), relations.where(followed, END)
-    boxes = canvases.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    where = torch.stack([boxes, torch.zeros_like(boxes)], 2).flatten(1, 2)
-    return torch.stack([names, between], 2).flatten(1), where
+@cache
+def load(kind: str) -> tuple[Captions, Captions] | None:
+    """What is learnt from, and what is for test."""
+    if kind == "emoji":
+        return emoji(tutorial.args.data, most=100 if smoke_test else None)
+    return digits(tutorial.args.data, *((300, 100) if smoke_test else (20_000, 2_000)))
 
 
 # %% [markdown]
 # ## The network
 #
-# The decoder starts from a gist of the whole canvas, in sixteen parts. A cell's key says what is
+# The decoder starts from a gist of the whole canvas. A cell's key says what is
 # there and where it is; its value says only what is there.
 
 
 # %%
 class Captioner(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, channels: int, words: int) -> None:
         super().__init__()
-        sizes = [(1, 16, 5, 2), (16, 32, 3, 2), (32, 64, 3, 2), (64, CHANNELS, 3, 1)]
+        sizes = [(channels, 16, 5, 2), (16, 32, 3, 2), (32, 64, 3, 2), (64, CHANNELS, 3, 1)]
         layers: list[nn.Module] = []
-        for before, after, kernel, stride in sizes:
-            convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2)
-            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+        for inputs, outputs, kernel, stride in sizes:
+            convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.encoder = nn.Sequential(*layers)
         self.key = nn.Linear(CHANNELS, HIDDEN)
         self.place = nn.Parameter(0.1 * torch.randn(CELLS**2, HIDDEN))
         self.gist = nn.Linear(CELLS**2 * CHANNELS, HIDDEN)
-        self.word = nn.Embedding(len(WORDS), HIDDEN)
+        self.word = nn.Embedding(words, HIDDEN)
         self.decoder = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
         self.attention = AdditiveAttention(HIDDEN, HIDDEN, hidden_size=64)
         self.from_state = nn.Linear(HIDDEN, HIDDEN)
         self.from_cell = nn.Linear(CHANNELS, HIDDEN, bias=False)
-        self.output = nn.Linear(HIDDEN, len(WORDS))
+        self.output = nn.Linear(HIDDEN, words)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of the cells, and the decoder's first state."""
-        grid = self.encoder(images[:, None])
+        grid = self.encoder(images)
         values = grid.flatten(2).mT
         return self.key(values) + self.place, values, self.gist(grid.flatten(1)).tanh()[None]
 
@@ -114,20 +104,20 @@ class Captioner(nn.Module):
 def program(net: Captioner, images: Tensor, words: Tensor) -> None:
     pyro.module("net", net)
     keys, values, first = net.encode(images)
-    before = nn.functional.pad(words[:, :-1], (1, 0), value=BEGIN)
-    states, _ = net.decoder(net.word(before), first)
-    each, step = pyro.plate("images", len(images), dim=-2), pyro.plate("words", 2 * MOST, dim=-1)
-    with each, step, pyro.poutine.mask(mask=before != END):
+    states, _ = net.decoder(net.word(before(words)), first)
+    number, longest = words.shape
+    each, step = pyro.plate("images", number, dim=-2), pyro.plate("words", longest, dim=-1)
+    with each, step, pyro.poutine.mask(mask=before(words) != END):
         scores = net.scores(states, keys, values)
         pyro.sample("word", dist.Categorical(logits=scores), obs=words)
 
 
 @torch.no_grad()
-def describe(net: Captioner, images: Tensor) -> tuple[Tensor, Tensor]:
+def describe(net: Captioner, images: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """The best words one by one, and the weight of each cell for each."""
     keys, values, state = net.encode(images)
     words, weights = [torch.full((len(images), 1), BEGIN, device=images.device)], []
-    for _ in range(2 * MOST):
+    for _ in range(longest):
         states, state = net.decoder(net.word(words[-1]), state)
         weights.append(argmax("weights", net.attention.scores(states, keys)))
         words.append(net.scores(states, keys, values).argmax(-1))
@@ -149,67 +139,60 @@ VARIANTS: dict[str, tuple[Handler, Any]] = {
 }
 
 
-def inside(weights: Tensor, boxes: Tensor) -> Tensor:
-    """How much of the weight lies on cells that touch a box."""
-    start, end = boxes[..., :2, None], (boxes[..., :2] + boxes[..., 2:])[..., None]
-    low = torch.arange(CELLS, device=weights.device) / CELLS
-    columns, rows = ((low < end) & (low + 1 / CELLS > start)).unbind(-2)
-    return (weights * (rows[..., None] & columns[..., None, :]).flatten(-2)).sum(-1)
-
-
-def train(name: str, seed: int) -> dict[str, Any]:
+def train(kind: str, name: str, seed: int) -> dict[str, Any]:
     handler, estimator = VARIANTS[name]
-    net, (words, _) = Captioner().to(tutorial.device), captions(train_set)
-    images, words = train_set.images.to(tutorial.device), words.to(tutorial.device)
+    learnt, test = (part.to(tutorial.device) for part in load(kind))
+    net = Captioner(learnt.images.shape[1], len(learnt.vocabulary)).to(tutorial.device)
     adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-3, "fused": True}}
     optimizer = LambdaLR({**adam, "lr_lambda": lambda step: 1 - step / tutorial.steps})
     bonus = LinearAnnealing(0.3, 0.0, num_steps=3 * tutorial.steps // 4)
-    objective = ExpectedCost(estimator, entropy_bonus=bonus)
-    svi = SVI(handler(program), no_guide, optimizer, objective)
+    svi = SVI(handler(program), no_guide, optimizer, ExpectedCost(estimator, entropy_bonus=bonus))
     losses = []
     for _ in trange(tutorial.steps, desc=name, disable=smoke_test, mininterval=1):
-        rows = torch.randint(len(images), (BATCH,))
-        losses.append(float(svi.step(net, images[rows], words[rows])) / BATCH)
+        rows = torch.randint(len(learnt), (BATCH,))
+        losses.append(float(svi.step(net, learnt.images[rows], learnt.words[rows])) / BATCH)
         optimizer.step()
         bonus.step()
-    true, boxes = (x.to(tutorial.device) for x in captions(test_set))
-    said, weights = mode()(handler(describe))(net.eval(), test_set.images.to(tutorial.device))
-    asked = nn.functional.pad(true[:, :-1], (1, 0), value=BEGIN) != END
-    found = {
-        "word accuracy": 100 * float((said == true)[asked].float().mean()),
-        "inside": 100 * float(inside(weights, boxes)[true < ABOVE].mean()),
+    said, weights = mode()(handler(describe))(net.eval(), test.images, test.words.shape[1])
+    right, named = (said == test.words)[before(test.words) != END], test.boxes[..., 2] > 0
+    return {
+        "word accuracy": 100 * float(right.float().mean()),
+        "inside": 100 * float(inside(weights, test.boxes)[named].mean()),
         "losses": losses,
+        "words": said[:SHOWN],
+        "weights": weights[:SHOWN],
     }
-    return {**found, "words": said[:SHOWN], "weights": weights[:SHOWN]}
 
 
-SHOWN = 4
+SHOWN = 100
 for name in VARIANTS:
-    tutorial.run(name, train, name)
+    tutorial.run(name, train, "digits", name)
+if load("emoji") is not None:
+    tutorial.run("emoji, soft", train, "emoji", "soft", seeds=1)
 
 # %% [markdown]
 # ## Where does it look?
 
 
 # %%
-def show(axes: Any, image: Tensor, word: str, weights: Tensor) -> None:
-    """A canvas, and on it the cells that a word looks at."""
-    axes.imshow(image, cmap="gray_r", extent=(0, SIZE, SIZE, 0))
-    grid = weights.reshape(CELLS, CELLS).cpu()
-    red, strength = torch.ones_like(grid), 0.7 * (grid / grid.max()).sqrt()
-    where = {"extent": (0, SIZE, SIZE, 0), "alpha": strength}
-    axes.imshow(red, cmap="autumn_r", vmin=0, vmax=1, **where)
-    axes.set(xticks=[], yticks=[], title=word)
+def show(figure: Any, kind: str, name: str, which: int, words: int) -> None:
+    """A picture once for each of its first words, and on it the cells that the word looks at."""
+    result, test = tutorial.results[name][0], load(kind)[1]
+    for k, axes in enumerate(figure.subplots(1, words)):
+        word, weights = result["words"][which, k], result["weights"][which, k].cpu()
+        looked_at(axes, test.images[which], weights.reshape(CELLS, CELLS))
+        axes.set_title(test.vocabulary[word])
+    figure.suptitle(name)
 
 
-figure = Figure(figsize=(9, 4.2), layout="constrained")
-canvas = int(test_set.counts[:SHOWN].argmax())
-for axes_row, name in zip(figure.subplots(2, 2 * MOST - 1), ("soft", "hard, RLOO"), strict=True):
-    result = tutorial.results[name][0]
-    for k, axes in enumerate(axes_row):
-        word, weights = (result[key][canvas, k] for key in ("words", "weights"))
-        show(axes, test_set.images[canvas], WORDS[word], weights)
-    axes_row[0].set_ylabel(name)
+SHOWN_EMOJI = [25, 66]  # of the test set
+canvas = int((load("digits")[1].words[:SHOWN] != END).sum(1).argmax())
+rows = [("digits", "soft", canvas), ("digits", "hard, RLOO", canvas)]
+if load("emoji") is not None:
+    rows += [("emoji", "emoji, soft", which) for which in SHOWN_EMOJI]
+figure = Figure(figsize=(9, 2.1 * len(rows)), layout="constrained")
+for part, row in zip(figure.subfigures(len(rows), 1), rows, strict=True):
+    show(part, *row, words=5)
 tutorial.picture(figure)
 
 # %% [markdown]

@@ -100,6 +100,27 @@ def signs(folder: Path | None, scale: float = 1.0) -> Scenes:
     )
 
 
+def birds(folder: Path, scale: float = 1.0) -> Scenes:
+    """A bird of one of ten species, on 80x80 in colour, with numbers from -1/2 to 1/2.
+
+    5,000 parts to learn from, some mirrored, of 224 photographs of 96x96 pixels; the middles of 70
+    others for test.
+    """
+    file = np.load(folder / "cub10_small" / "cub200_2010_10species_96x96.npz")
+    images = torch.tensor(file["image"]).movedim(-1, 1) / 255 - 0.5
+    labels, is_test = torch.tensor(file["label"], dtype=torch.long), torch.tensor(file["is_test"])
+    generator = torch.Generator().manual_seed(0)
+    (learnt,) = (~is_test).nonzero(as_tuple=True)
+    chosen = learnt[torch.randint(len(learnt), (round(5_000 * scale),), generator=generator)]
+    offsets = torch.randint(0, 17, (len(chosen), 2), generator=generator).tolist()
+    parts = [
+        images[bird, :, y : y + 80, x : x + 80].flip([-1] * (n % 2))
+        for n, (bird, (y, x)) in enumerate(zip(chosen, offsets, strict=True))
+    ]
+    test = Split(images[is_test][:, :, 8:88, 8:88], labels[is_test])
+    return Scenes(Split(torch.stack(parts), labels[chosen]), test, 10)
+
+
 def _cluttered(digits: Split, number: int, seed: int) -> Split:
     canvases = with_digits(digits, number, 40, seed=seed)
     images = clutter(canvases.images, digits, pieces=5, side=5, seed=seed)

@@ -4,7 +4,7 @@ import gzip
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -111,11 +111,6 @@ def _made(number: int) -> tuple[list[str], list[str]]:
     return list(english), list(french)
 
 
-def bleu(found: list[str], pairs: Pairs) -> float:
-    """How near translations are to the true ones: cased BLEU."""
-    return corpus_bleu(found, [pairs.target]).score
-
-
 def by_length(source: Tensor, target: Tensor, size: int) -> list[Tensor]:
     """One epoch: the indices of batches whose sentences are of about the same length.
 
@@ -164,3 +159,57 @@ def subset(targets: Tensor, size: int, number: int) -> Subset:
     places = torch.empty(size, dtype=torch.long, device=targets.device)
     places[words] = torch.arange(number, device=targets.device)
     return Subset(words, others.log() * (1 - present[words]), places[targets])
+
+
+class Batch(NamedTuple):
+    """Some sentences, what they are in the other language, and words to compare the latter with."""
+
+    source: Tensor
+    target: Tensor
+    among: Subset
+
+
+class Corpus:
+    """Sentences in English and French, as numbers on a device.
+
+    Arguments:
+        folder: As :func:`english_french`.
+        device: Where batches are to be.
+        few: Take the first 160 pairs of each part alone.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device, *, few: bool = False) -> None:
+        self.pairs = english_french(folder)
+        if few:
+            self.pairs = {part: pairs.first(160) for part, pairs in self.pairs.items()}
+        self.english = Vocabulary(self.pairs["train"].source, least=3)
+        self.french = Vocabulary(self.pairs["train"].target, least=3)
+        self.numbers = {
+            part: (
+                self.english.numbers(pairs.source).to(device),
+                self.french.numbers(pairs.target).to(device),
+            )
+            for part, pairs in self.pairs.items()
+        }
+
+    def batch(self, part: str, rows: Tensor, candidates: int) -> Batch:
+        """Some pairs, whose words are compared with a :func:`subset` of so many candidates."""
+        source, target = (trimmed(numbers[rows]) for numbers in self.numbers[part])
+        return Batch(source, target, subset(target[:, 1:], len(self.french), candidates))
+
+    def epoch(self, size: int, candidates: int) -> Iterator[Batch]:
+        """All pairs to learn from, in batches of sentences of about the same length."""
+        for rows in by_length(*self.numbers["train"], size):
+            yield self.batch("train", rows, candidates)
+
+    def translated(self, part: str, translate: Callable[[Tensor], Tensor]) -> list[str]:
+        """What a function from numbers to numbers makes of the English sentences."""
+        numbers = self.numbers[part][0]
+        order = (numbers != PAD).sum(1).argsort()
+        batches = [translate(trimmed(numbers[rows])) for rows in order.split(256)]
+        found = [self.french.sentence(words) for batch in batches for words in batch]
+        return [found[place] for place in order.argsort()]
+
+    def bleu(self, part: str, translate: Callable[[Tensor], Tensor]) -> float:
+        """How near translations are to the true ones: cased BLEU."""
+        return corpus_bleu(self.translated(part, translate), [self.pairs[part].target]).score
