@@ -1,5 +1,6 @@
 """What the site holds: code that runs, and a page and a picture for each tutorial."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -34,3 +35,14 @@ def test_tutorial_has_what_its_page_needs(script: Path) -> None:
     assert found["complete"], "publish a full run, not a short one"
     assert found["tables"]
     assert found["hardware"]
+
+
+@pytest.mark.parametrize("script", TUTORIALS, ids=lambda script: script.stem)
+def test_tutorial_is_short(script: Path) -> None:
+    code = script.read_text()
+    lines = [line for line in code.splitlines() if line and not line.lstrip().startswith("#")]
+    imports = [
+        node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    imported = sum(node.end_lineno - node.lineno + 1 for node in imports)
+    assert len(lines) - imported < 150, "what a reader need not see belongs into a helper"

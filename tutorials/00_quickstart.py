@@ -22,11 +22,11 @@ import statistics
 import time
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
 from _digits import mnist
+from _pictures import curves, strip
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -35,14 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_nondiff.diagnostics import gradient_statistics
-from pyro_nondiff.estimators import (
-    REINFORCE,
-    RELAX,
-    RLOO,
-    AbstractEstimator,
-    DisARM,
-    MovingAverage,
-)
+from pyro_nondiff.estimators import REINFORCE, RELAX, RLOO, DisARM, MovingAverage
 from pyro_nondiff.infer import TraceEstimator_ELBO
 
 BATCH, BITS, HIDDEN = 100, 64, 200
@@ -54,7 +47,7 @@ GRADIENTS = 10 if smoke_test else 200  # drawn to measure a variance
 # An estimator is a small immutable object. Nothing else in this file depends on which it is.
 
 # %%
-ESTIMATORS: dict[str, AbstractEstimator] = {
+ESTIMATORS = {
     "REINFORCE": REINFORCE(baseline=MovingAverage(decay=0.9)),
     "RLOO": RLOO(num_samples=2),
     "DisARM": DisARM(),
@@ -171,28 +164,22 @@ COLOURS = ["#777777", "#b5441c", "#1f6f8b", "#6a7d1e"]
 
 
 def figure(runs: dict[str, Any], variances: dict[str, float], observed: Tensor) -> Figure:
-    fig, (curves, bars, pictures) = plt.subplots(
-        1, 3, figsize=(12, 4), width_ratios=[1.2, 0.75, 1.2], layout="constrained"
-    )
-    for (name, run), colour in zip(runs.items(), COLOURS, strict=True):
-        curves.plot(*zip(*run["curve"], strict=True), color=colour, label=name, linewidth=2)
-    curves.set(xlabel="step", ylabel="nats a picture", title="Bound on held-out digits")
-    curves.legend(frameon=False, loc="lower right")
-    curves.grid(alpha=0.3)
+    fig = Figure(figsize=(12, 4), layout="constrained")
+    bounds, bars, pictures = fig.subfigures(1, 3, width_ratios=[1.1, 0.8, 1.4])
+    axes = bounds.subplots()
+    curves(axes, {name: [run] for name, run in runs.items()}, COLOURS)
+    axes.set(xlabel="step", ylabel="nats a picture", title="Bound on held-out digits")
+    axes = bars.subplots()
     relative = [variance / variances["REINFORCE"] for variance in variances.values()]
-    bars.bar_label(bars.bar(list(variances), relative, color=COLOURS), fmt="%.2g", padding=2)
-    bars.set(title="Variance of the gradient", ylabel="relative to REINFORCE")
-    bars.tick_params(axis="x", rotation=30)
-    for axes in (curves, bars):
-        axes.spines[["top", "right"]].set_visible(False)
-    rows = torch.stack([observed, *(run["reconstructed"] for run in runs.values())])
-    side = round(rows.shape[-1] ** 0.5)
-    montage = rows.unflatten(-1, (side, side)).permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)
-    pictures.imshow(montage, cmap="gray_r", vmin=0, vmax=1)
-    pictures.set_yticks([side * (row + 0.5) for row in range(len(rows))], ["data", *runs])
-    pictures.set(xticks=[], title="Held-out digits, reconstructed")
-    pictures.tick_params(length=0)
-    pictures.spines[:].set_visible(False)
+    axes.bar_label(axes.bar(list(variances), relative, color=COLOURS), fmt="%.2g", padding=2)
+    axes.set(title="Variance of the gradient", ylabel="relative to REINFORCE")
+    axes.tick_params(axis="x", rotation=30)
+    axes.spines[["top", "right"]].set_visible(False)
+    rows = {"data": observed, **{name: run["reconstructed"] for name, run in runs.items()}}
+    side = round(observed.shape[-1] ** 0.5)
+    for axes, (name, row) in zip(pictures.subplots(len(rows)), rows.items(), strict=True):
+        strip(axes, row.unflatten(-1, (1, side, side)), name)
+    pictures.suptitle("Held-out digits, reconstructed")
     return fig
 
 

@@ -45,8 +45,7 @@ from pyro_nondiff.ops import warp
 
 tutorial = Tutorial(__file__, "Train spatial transformers.", steps=3000, smoke=3)
 data, device = tutorial.args.data, tutorial.device
-BATCH = 100
-SIDE = 28  # of a part that is cut out
+BATCH, SIDE = 100, 28  # pictures of a batch, and pixels along a side of a part that is cut out
 
 # %% [markdown]
 # ## The classifiers
@@ -273,11 +272,10 @@ def gallery(figure: Any, name: str) -> None:
 
 
 def errors(axes: Any) -> None:
-    names = list(tutorial.results)[:9][::-1]
-    colours = [COLOURS[int(name.split(", ")[-1][0])] for name in names]
-    labels = [name.replace("1 transformers", "1 transformer") for name in names]
-    bars = axes.barh(labels, [tutorial.median(name, "error") for name in names], color=colours)
-    axes.bar_label(bars, fmt="%.1f", padding=2)
+    for name in list(tutorial.results)[8::-1]:
+        label, colour = name.replace("1 transformers", "1 transformer"), name.split(", ")[-1][0]
+        bar = axes.barh(label, tutorial.median(name, "error"), color=COLOURS[int(colour)])
+        axes.bar_label(bar, fmt="%.1f", padding=2)
     axes.set(xlabel="test error, %")
     tidy(axes)
 

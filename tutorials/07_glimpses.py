@@ -23,7 +23,7 @@ import torch
 from _canvases import Canvases, clutter, with_digits
 from _digits import Split, mnist
 from _pictures import boxes as draw_boxes
-from _pictures import strip, tidy
+from _pictures import curves, strip
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -177,12 +177,8 @@ def figure(runs: dict[tuple[str, str], list[dict[str, Any]]], shown: Tensor) -> 
     fig = plt.figure(figsize=(12, 4), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[1.5, 1])
     for axes, kind in zip(left.subplots(1, 2, sharey=True), PIECES, strict=True):
-        for name, colour in zip(CHOICES, COLOURS, strict=True):
-            curves = torch.tensor([run["curve"] for run in runs[kind, name]])
-            axes.plot(*curves.median(0).values.T, color=colour, label=name, linewidth=2)
+        curves(axes, {name: runs[kind, name] for name in CHOICES}, COLOURS)
         axes.set(xlabel="step", title=f"{kind.capitalize()} digits: test error, %", ylim=(0, 90))
-        tidy(axes)
-    axes.legend(frameon=False, loc="upper right")
     for axes, name in zip(right.subplots(2), ("REINFORCE", "spatial transformer"), strict=True):
         strip(axes, shown[:, None], name.replace(" ", "\n"))
         looks = runs["cluttered", name][0]["boxes"].split(1, dim=1)

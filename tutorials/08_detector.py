@@ -26,11 +26,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from _boxes import f1, iou, mean_iou, middle_cells, pick, right_detections, survivors
+from _boxes import iou, middle_cells, pick, scores, survivors
 from _canvases import Canvases, with_digits
 from _digits import mnist
 from _pictures import boxes as draw_boxes
-from _pictures import strip, tidy
+from _pictures import curves, strip
 from _tutorial import Tutorial, smoke_test
 from matplotlib.figure import Figure
 from pyro.infer import SVI
@@ -49,7 +49,6 @@ BATCH = 32
 SIZE, GRID = 64, 8  # pixels of a canvas, and cells of the grid, along a side
 REGIONS = 8  # that are looked at, of each canvas
 BACKGROUND = 10  # the label of a region with no digit
-LEAST = [0.5 + 0.05 * n for n in range(10)]  # IoU of a right detection
 SHOWN = 6
 
 # %% [markdown]
@@ -95,9 +94,9 @@ class Detector(nn.Module):
         return self.label(seen), self.better(seen, start=regions)
 
 
-def best(scores: Tensor, boxes: Tensor) -> Tensor:
-    """The boxes of the highest scores. Which they are has no derivative either."""
-    return pick(boxes, scores.topk(REGIONS, -1).indices)
+def best(digit: Tensor, boxes: Tensor) -> Tensor:
+    """The boxes of the cells that promise most. Which they are has no derivative either."""
+    return pick(boxes, digit.topk(REGIONS, -1).indices)
 
 
 # %% [markdown]
@@ -171,10 +170,10 @@ def detect(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     features, digit, places = detector.propose(images)
     regions = best(digit, places)
     logits, boxes = detector.look(features, regions)
-    scores, labels = logits.softmax(-1)[..., :BACKGROUND].max(-1)
-    scores, order = scores.sort(descending=True)
+    sure, labels = logits.softmax(-1)[..., :BACKGROUND].max(-1)
+    sure, order = sure.sort(descending=True)
     boxes, regions = pick(boxes, order), pick(regions, order)
-    stays = survivors(boxes, scores, least=0.5, most_shared=0.3)
+    stays = survivors(boxes, sure, least=0.5, most_shared=0.3)
     return {"boxes": boxes, "regions": regions, "labels": labels.gather(1, order).where(stays, -1)}
 
 
@@ -212,15 +211,7 @@ def train(handler: AbstractHandler, *, seed: int) -> dict[str, Any]:
     found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     shown = {key: value[:SHOWN].cpu() for key, value in found.items()}
     truth = {"images": test.images[:SHOWN].cpu(), "truth": test.boxes[:SHOWN].cpu()}
-    right = [
-        right_detections(found["boxes"], found["labels"], test.boxes, test.labels, least)
-        for least in LEAST
-    ]
-    curve = [f1(which, found["labels"], test.labels) for which in right]
-    numbers = {"curve": curve, "f1": curve[0], "strict": curve[6]}
-    for key, name in (("boxes", "iou"), ("regions", "proposed")):
-        numbers[name] = mean_iou(found[key], test.boxes, right[0])
-    return numbers | shown | truth
+    return scores(found, test.boxes, test.labels) | shown | truth
 
 
 for name, handler in HANDLERS.items():
@@ -248,13 +239,9 @@ tutorial.claim("mean IoU with SpatialTransformer, less that with ignore", gain, 
 COLOURS = dict(zip(HANDLERS, ["#c51b7d", "#e08214", "#2166ac"], strict=True))
 figure = Figure(figsize=(7.6, 7.2), layout="constrained")
 top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
-curves = top.subplots()
-for name, colour in COLOURS.items():
-    curve = torch.tensor([run["curve"] for run in tutorial.results[name]]).median(0).values
-    curves.plot(LEAST, curve, color=colour, label=name, linewidth=2)
-curves.set(xlabel="IoU that a right detection needs", ylabel="F1, %")
-curves.legend(frameon=False)
-tidy(curves)
+axes = top.subplots()
+curves(axes, tutorial.results, list(COLOURS.values()))
+axes.set(xlabel="IoU that a right detection needs", ylabel="F1, %")
 for axes, (name, colour) in zip(bottom.subplots(3), COLOURS.items(), strict=True):
     run = tutorial.results[name][0]
     strip(axes, run["images"][:, None], name.replace("Spatial", "Spatial\n"))

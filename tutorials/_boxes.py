@@ -80,3 +80,30 @@ def mean_iou(boxes: Tensor, truth: Tensor, found: Tensor) -> float:
     """The mean overlap of boxes with the objects that they find, see :func:`right_detections`."""
     fit = iou(boxes, truth).gather(-1, found.clamp(min=0)[..., None])[found >= 0]
     return float(fit.sum()) / max(len(fit), 1)
+
+
+LEAST = [0.5 + 0.05 * n for n in range(10)]  # IoU of a right detection
+
+
+def scores(
+    found: dict[str, Tensor], truth: Tensor, true_labels: Tensor
+) -> dict[str, float | list[tuple[float, float]]]:
+    """How well digits are found: F1 as it depends on the IoU that is asked for, and mean overlaps.
+
+    Arguments:
+        found: ``boxes``, ``labels`` and ``regions``, the boxes before the last step.
+        truth: As in :func:`right_detections`.
+        true_labels: As there.
+    """
+    right = [
+        right_detections(found["boxes"], found["labels"], truth, true_labels, least)
+        for least in LEAST
+    ]
+    curve = [f1(which, found["labels"], true_labels) for which in right]
+    return {
+        "curve": [*zip(LEAST, curve, strict=True)],
+        "f1": curve[0],
+        "strict": curve[6],
+        "iou": mean_iou(found["boxes"], truth, right[0]),
+        "proposed": mean_iou(found["regions"], truth, right[0]),
+    }
