@@ -45,4 +45,4 @@ def test_tutorial_is_short(script: Path) -> None:
         node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     imported = sum(node.end_lineno - node.lineno + 1 for node in imports)
-    assert len(lines) - imported < 150, "what a reader need not see belongs into a helper"
+    assert len(lines) - imported < 150, "what a reader need not see belongs in a helper"

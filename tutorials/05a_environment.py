@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A loss that an environment gives
 #
-# A policy learns to balance a pole. How soon it falls has no derivative; the expectation of that
-# has one, and what a better baseline is worth for it is measured.
+# A policy learns to balance a pole. How soon it falls has no derivative, but its expectation has.
+# What a better baseline is worth is measured.
 #
 # The lecture's first way out of a missing derivative is to make the network's decision random. It
 # does not ask anything of the loss $c$ but its value:
@@ -20,6 +20,7 @@
 #     python tutorials/05a_environment.py --seeds 0 --device cuda
 
 # %%
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,8 @@ tutorial = Tutorial(
     seeds=5,
     needs_data=False,
 )
-BATCH, CHECK = 5, 10 if smoke_test else 50
+BATCH = 5  # episodes of a step
+CHECK = max(tutorial.steps // (10 * BATCH), 1) * BATCH  # episodes from one checkpoint to the next
 GRADIENTS = 3 if smoke_test else 100  # batches of episodes, to measure a variance
 
 # %% [markdown]
@@ -123,8 +125,7 @@ BASELINES = {  # each run makes an estimator with networks of its own
 }
 
 # %% [markdown]
-# Five episodes make a step. After every 50 the policy plays 100 new ones, which count for nothing
-# but the curve.
+# Five episodes make a step. After every 50 the policy plays 100 new ones, of which nobody learns.
 #
 # Whose gradient is calmest? To compare at the same parameters, the two other estimators watch the
 # run of the moving average: they learn from the same episodes, and do not move the policy. At each
@@ -150,10 +151,10 @@ def learn(name: str, seed: int) -> dict[str, Any]:
         for learner in reversed(learners):  # who moves the policy comes last
             learner.step(policy, steps)
         if played % CHECK == 0:
-            fresh = episodes(policy, BATCH * GRADIENTS, 10**6 + played)
-            length = sum(len(steps.action) for steps in fresh[:20]) / BATCH / len(fresh[:20])
-            curve.append((played, length))
+            fresh = episodes(policy, 100, 10**6 + played)
+            curve.append((played, sum(len(steps.action) for steps in fresh) / 100))
             if len(objectives) > 1:
+                fresh = episodes(policy, BATCH * GRADIENTS, 2 * 10**6 + played)
                 variances.append([variance(each, policy, fresh) for each in objectives.values()])
     solved = next((played for played, length in curve if length >= 475), math.inf)
     return {"curve": curve, "variances": variances, "solved": solved, "length": curve[-1][1]}
@@ -164,8 +165,8 @@ def learning_rates(of_policy: float) -> Callable[[str], dict[str, float]]:
 
 
 def variance(objective: ExpectedCost, policy: nn.Module, batches: list[Steps]) -> float:
-    """Of the policy's gradient, summed over its parameters."""
-    gradients = []
+    """Of the policy's gradient, summed over its parameters. What the objective has learnt stays."""
+    objective, gradients = copy.deepcopy(objective), []
     for steps in batches:
         loss = objective.differentiable_loss(acted, no_guide, policy, steps)
         found = torch.autograd.grad(loss, list(policy.parameters()))

@@ -69,8 +69,8 @@ def sums(labels: Tensor) -> Tensor:
 # %% [markdown]
 # ## Training
 #
-# `Enumerate` asks for each of the ten readings of a digit, and is exact for it; RLOO asks for four
-# drawn ones. For the test, `mode` takes the most probable readings, in the same program.
+# `Enumerate` asks for each of the ten readings of a digit, and is exact for that digit; RLOO asks
+# for four drawn ones. For the test, `mode` takes the most probable readings, in the same program.
 
 # %%
 PAIRS = 100

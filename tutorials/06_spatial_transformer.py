@@ -141,8 +141,8 @@ def model(network: Network, images: Tensor, labels: Tensor | None = None) -> Ten
 # species by, and there is no claim about them.
 #
 # A comparison is at equal parameters: the network with the most transformers has a classifier of a
-# given width, and the classifiers of the others are as wide as gives them as many parameters, or a
-# few more.
+# given width, and the classifiers of the others are as wide as gives them at least as many; the
+# table has the numbers.
 
 # %%
 TASKS: dict[str, tuple[Callable[..., Scenes], int]] = {
@@ -254,9 +254,9 @@ head = ["task", "classifier", "transformers", "parameters", "test error, %", "ra
 tutorial.table([*head, "by nearest pixels, %", "published test set, %"], rows)
 
 # %% [markdown]
-# The picture shows what is cut out: its outline, and below it what the classifier gets to see, at
-# first and after training. Of signs and birds there is such a picture in the output folder only,
-# since the photographs are not ours to publish.
+# The picture shows what is cut out: its outline, and below it what the classifier gets to see. Of
+# signs and birds there is such a picture in the output folder only, since the photographs are not
+# ours to publish.
 
 # %%
 COLOURS = ["#999999", "#c51b7d", "#2166ac"]
@@ -272,10 +272,12 @@ def gallery(figure: Any, name: str) -> None:
 
 
 def errors(axes: Any) -> None:
-    for name in list(tutorial.results)[8::-1]:
-        label, colour = name.replace("1 transformers", "1 transformer"), name.split(", ")[-1][0]
-        bar = axes.barh(label, tutorial.median(name, "error"), color=COLOURS[int(colour)])
-        axes.bar_label(bar, fmt="%.1f", padding=2)
+    for name, (task, _, parts) in zip(tutorial.results, RUNS, strict=True):
+        if task != "birds":
+            label = name.replace("1 transformers", "1 transformer")
+            bar = axes.barh(label, tutorial.median(name, "error"), color=COLOURS[parts])
+            axes.bar_label(bar, fmt="%.1f", padding=2)
+    axes.invert_yaxis()
     axes.set(xlabel="test error, %")
     tidy(axes)
 

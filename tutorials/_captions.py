@@ -23,7 +23,7 @@ class Captions:
 
     Arguments:
         images: Shape ``(number, channels, 64, 64)``, in [0, 1].
-        words: Shape ``(number, longest)``: numbers of words, END from the last word on.
+        words: Shape ``(number, longest)``: numbers of words, END after the last one.
         boxes: Shape ``(number, longest, 4)``: where that lies which a word names, as
             ``(x0, y0, w, h)`` in units of the picture; 0 where that is not known.
         vocabulary: The words.
@@ -79,7 +79,8 @@ def emoji(folder: Path | None, most: int | None = None) -> tuple[Captions, Capti
 
     ``most`` is how many are taken of each part. None where there is no folder ``emoji_captions`` in
     ``folder``. 330 are for test, none of which differs from one to learn from by its skin tone
-    alone. Words that are seen less than three times are UNKNOWN.
+    alone. Words that are seen fewer than three times
+    are UNKNOWN.
     """
     if folder is None or not (folder / "emoji_captions").is_dir():
         print("the emoji are not at hand (see --data): canvases of digits alone")
@@ -87,8 +88,8 @@ def emoji(folder: Path | None, most: int | None = None) -> tuple[Captions, Capti
     file = np.load(folder / "emoji_captions" / "noto_emoji_48x48_names.npz")
     names = [re.findall(r"[\w-]+", name.lower()) for name in file["caption"]]
     is_test = torch.tensor(file["split"] != "train")
-    learnt = zip(names, is_test, strict=True)
-    counts = Counter(word for name, held_out in learnt if not held_out for word in name)
+    learnt = [name for name, held_out in zip(names, is_test, strict=True) if not held_out]
+    counts = Counter(word for name in learnt for word in name)
     vocabulary = [*SIGNS, *(word for word, count in counts.most_common() if count >= 3)]
     index = {word: number for number, word in enumerate(vocabulary)}
     words = torch.full((len(names), 1 + max(map(len, names))), END)

@@ -83,7 +83,9 @@ def signs(folder: Path | None, scale: float = 1.0) -> Scenes:
     if folder is None or not (folder / "gtsrb_small").is_dir():
         print("the traffic signs are not at hand (see --data): tinted digits instead")
         tint = torch.tensor([1.0, 0.4, 0.2])[:, None, None]
-        train, test = (Split(split.images[:, None] * tint, split.labels) for split in mnist(folder))
+        train, test = (
+            Split(split.images[:, None] * tint - 0.5, split.labels) for split in mnist(folder)
+        )
         classes = 10
     else:
         file = np.load(folder / "gtsrb_small" / "gtsrb_small_40x40.npz")

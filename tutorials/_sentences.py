@@ -50,7 +50,7 @@ class Vocabulary:
 
     def sentence(self, numbers: Tensor) -> str:
         """What stands before END."""
-        words = [self.words[int(n)] for n in numbers]
+        words = [self.words[n] for n in numbers.tolist()]
         return join(words[: words.index("<end>")] if "<end>" in words else words)
 
 
@@ -72,12 +72,13 @@ class Pairs:
 def english_french(folder: Path | None) -> dict[str, Pairs]:
     """Multi30k's captions of photographs: 29,000 to learn from, and those of 2016 for test.
 
-    Without a folder ``multi30k`` in ``folder``: 800 sentences of a small grammar.
+    Without a folder ``multi30k`` in ``folder``: 1,000 sentences of a small grammar.
     """
     if folder is None or not (folder / "multi30k").is_dir():
         print("Multi30k is not at hand (see --data): sentences of a small grammar instead")
-        made = _made(800)
-        return {"train": Pairs(*made), "val": Pairs(*made), "test": Pairs(*made)}
+        source, target = _made(1000)
+        parts = {"train": slice(800), "val": slice(800, 900), "test": slice(900, 1000)}
+        return {part: Pairs(source[rows], target[rows]) for part, rows in parts.items()}
 
     def read(part: str) -> Pairs:
         texts = []

@@ -89,11 +89,11 @@ class Tutorial:
         return statistics.median(result[key] for result in self.results[name])
 
     def spread(self, name: str, key: str, digits: int = 2) -> str:
-        """The median of one number of a run, with its lowest and highest value."""
+        """The median of one number of a run, with its lowest and highest value over the seeds."""
         values = [result[key] for result in self.results[name]]
         median = f"{self.median(name, key):.{digits}f}"
         if len(values) == 1:
-            return median
+            return median if len(self.seeds) == 1 else f"{median} (one seed)"
         return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
