@@ -109,8 +109,8 @@ SCORE_FUNCTION = ["REINFORCE", "RLOO", "LAX"]
 #
 # Every step sees canvases that were not seen before: a digit anywhere on 60x60 pixels, alone or
 # among four pieces of other digits. All choices see the same, and learn at the same rates, which
-# fall to 0: the layers that decide where to look learn at a quarter of the rate of the others, since
-# a window that runs away early does not come back.
+# fall to 0: the layers that decide where to look learn at a quarter of the rate of the others,
+# since a window that runs away early does not come back.
 
 
 # %%
