@@ -144,7 +144,7 @@ def train(kind: str, name: str, seed: int) -> dict[str, Any]:
     net = Captioner(learnt.images.shape[1], len(learnt.vocabulary)).to(tutorial.device)
     adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-3, "fused": True}}
     optimizer = LambdaLR({**adam, "lr_lambda": lambda step: 1 - step / tutorial.steps})
-    bonus = LinearAnnealing(0.3, 0.0, num_steps=3 * tutorial.steps // 4)
+    bonus = LinearAnnealing(0.3, 0.0, num_steps=tutorial.steps // 2)
     svi = SVI(handler(program), no_guide, optimizer, ExpectedCost(estimator, entropy_bonus=bonus))
     losses = []
     for _ in trange(tutorial.steps, desc=name, disable=smoke_test, mininterval=1):

@@ -161,7 +161,7 @@ def learn(name: str, seed: int) -> dict[str, Any]:
 
 
 def learning_rates(of_policy: float) -> Callable[[str], dict[str, float]]:
-    return lambda name: {"lr": 1e-2 if name.startswith("estimator.") else of_policy}
+    return lambda name: {"lr": 3e-2 if name.startswith("estimator.") else of_policy}
 
 
 def variance(objective: ExpectedCost, policy: nn.Module, batches: list[Steps]) -> float:
