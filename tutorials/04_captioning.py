@@ -128,7 +128,12 @@ def describe(net: Captioner, images: Tensor, longest: int) -> tuple[Tensor, Tens
 # ## Training and test
 #
 # A word is compared with the true one at its place in the caption. Of the weight for a digit's name
-# we ask how much lies on cells that touch the box of that digit's ink.
+# we ask how much lies on cells that touch the box of that digit's ink: of a weight spread over all
+# cells it would be 14 %, over the cells of all digits 51 %. One word in four is the end.
+#
+# RLOO draws sixteen cells for each word, REINFORCE one. Both are paid for trying cells, by an
+# entropy bonus that is annealed to 0 in the first half of the training; without it RLOO(4) settled
+# on one cell for all.
 
 # %%
 VARIANTS: dict[str, tuple[AbstractHandler, Any]] = {
