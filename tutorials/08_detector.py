@@ -231,9 +231,9 @@ tutorial.claim("mean IoU with SpatialTransformer, less that with ignore", gain, 
 # %% [markdown]
 # All three find the digits. What a box is worth shows when a detection has to fit better than by a
 # half: below, F1 as a function of the IoU that is asked for. The mean overlap gains most by reading
-# between the features: a head that sees them rounded cannot tell by how much a box is off. What fits
-# by 0.8 comes with the gradient to the box, though the box has a loss of its own. The proposals of
-# both are no better than those of `ignore`, it is the last boxes that are.
+# between the features: a head that sees them rounded cannot tell by how much a box is off. F1 at
+# 0.8 gains by the gradient to the box, though the box has a loss of its own. The proposals of both
+# are no better than those of `ignore`, it is the last boxes that are.
 
 # %%
 COLOURS = dict(zip(HANDLERS, ["#c51b7d", "#e08214", "#2166ac"], strict=True))
