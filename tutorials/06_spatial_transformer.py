@@ -288,10 +288,9 @@ PICTURES = [
     "signs, convolutional, 1 transformers",
     "birds, convolutional, 2 transformers",
 ]
-figure = Figure(figsize=(7.6, 8.2), layout="constrained")
+figure, photographs = (Figure(figsize=(7.6, tall), layout="constrained") for tall in (8.2, 6))
 top, *below = figure.subfigures(3, 1, height_ratios=[1, 1.2, 1.2])
 errors(top.subplots())
-photographs = Figure(figsize=(7.6, 6), layout="constrained")
 for part, name in zip([*below, *photographs.subfigures(2, 1)], PICTURES, strict=True):
     if name in tutorial.results:
         gallery(part, name)
