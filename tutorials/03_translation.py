@@ -99,7 +99,7 @@ class Translator(nn.Module):
 # The expected cost of the French words is minimised, by `ExpectedCost`: a choice is drawn from its
 # own law in the program, with no prior and no guide.
 #
-# A softmax over all 4,900 French words would be most of a step. So `subset` gives 1,000
+# A softmax over all 4,900 French words would be most of a step. So `corpus` gives 1,000
 # of them to compare with: those of the batch, and others at random whose scores are raised, as if
 # they stood for all that are left out. A translation compares with all.
 

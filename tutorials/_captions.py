@@ -79,8 +79,7 @@ def emoji(folder: Path | None, most: int | None = None) -> tuple[Captions, Capti
 
     ``most`` is how many are taken of each part. None where there is no folder ``emoji_captions`` in
     ``folder``. 330 are for test, none of which differs from one to learn from by its skin tone
-    alone. Words that are seen fewer than three times
-    are UNKNOWN.
+    alone. Words that are seen fewer than three times are UNKNOWN.
     """
     if folder is None or not (folder / "emoji_captions").is_dir():
         print("the emoji are not at hand (see --data): canvases of digits alone")

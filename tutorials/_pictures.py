@@ -57,17 +57,9 @@ def cut_out(
     """Pictures in a row, the outlines of what a map cuts out of them, and below it the parts."""
     picture, *below = figure.subplots(1 + len(parts), 1)
     strip(picture, _visible(images), "picture")
-    outline(picture, theta, colours)
+    _outline(picture, theta, colours)
     for axes, (title, seen) in zip(below, parts.items(), strict=True):
         strip(axes, _visible(seen), title)
-
-
-def outline(axes: Axes, theta: Tensor, colours: Sequence[str]) -> None:
-    """The edges of the parts ``(number, parts, 2, 3)`` that a map finds, on a row of pictures."""
-    corners = torch.tensor([[-1.0, 1, 1, -1, -1], [-1, -1, 1, 1, -1], [1, 1, 1, 1, 1]])
-    for number, places in enumerate((theta.cpu() @ corners + 1) / 2):
-        for (x, y), colour in zip(places, colours, strict=False):
-            axes.plot(x + GAP * number, y, color=colour, linewidth=1.8)
 
 
 def boxes(axes: Axes, places: Tensor, **style: Any) -> None:
@@ -93,3 +85,11 @@ def _visible(images: Tensor) -> Tensor:
         absorbed = torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.8]], device=images.device)
         return (1 - torch.einsum("nchw,cr->nrhw", images, absorbed)).clamp(0, 1)
     return images + 0.5 if images.shape[1] == 3 else images
+
+
+def _outline(axes: Axes, theta: Tensor, colours: Sequence[str]) -> None:
+    """The edges of the parts ``(number, parts, 2, 3)`` that a map finds, on a row of pictures."""
+    corners = torch.tensor([[-1.0, 1, 1, -1, -1], [-1, -1, 1, 1, -1], [1, 1, 1, 1, 1]])
+    for number, places in enumerate((theta.cpu() @ corners + 1) / 2):
+        for (x, y), colour in zip(places, colours, strict=False):
+            axes.plot(x + GAP * number, y, color=colour, linewidth=1.8)

@@ -112,7 +112,7 @@ def _made(number: int) -> tuple[list[str], list[str]]:
     return list(english), list(french)
 
 
-def by_length(source: Tensor, target: Tensor, size: int) -> list[Tensor]:
+def _by_length(source: Tensor, target: Tensor, size: int) -> list[Tensor]:
     """One epoch: the indices of batches whose sentences are of about the same length.
 
     Lengths count in steps of four, so that batches have few shapes. The order is random.
@@ -123,7 +123,7 @@ def by_length(source: Tensor, target: Tensor, size: int) -> list[Tensor]:
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
-def trimmed(numbers: Tensor) -> Tensor:
+def _trimmed(numbers: Tensor) -> Tensor:
     """Without the columns that are padding in all rows, but for a length in steps of four."""
     return numbers[:, : -(-int((numbers != PAD).sum(1).max()) // 4) * 4]
 
@@ -142,7 +142,7 @@ class Subset(NamedTuple):
     places: Tensor
 
 
-def subset(targets: Tensor, size: int, number: int) -> Subset:
+def _subset(targets: Tensor, size: int, number: int) -> Subset:
     """The targets' words, and others at random that stand for all the others.
 
     A softmax over them estimates that over the whole vocabulary (Jean et al., 2015).
@@ -194,20 +194,20 @@ class Corpus:
         }
 
     def batch(self, part: str, rows: Tensor, candidates: int) -> Batch:
-        """Some pairs, whose words are compared with a :func:`subset` of so many candidates."""
-        source, target = (trimmed(numbers[rows]) for numbers in self.numbers[part])
-        return Batch(source, target, subset(target[:, 1:], len(self.french), candidates))
+        """Some pairs, whose words are compared with a subset of so many candidates."""
+        source, target = (_trimmed(numbers[rows]) for numbers in self.numbers[part])
+        return Batch(source, target, _subset(target[:, 1:], len(self.french), candidates))
 
     def epoch(self, size: int, candidates: int) -> Iterator[Batch]:
         """All pairs to learn from, in batches of sentences of about the same length."""
-        for rows in by_length(*self.numbers["train"], size):
+        for rows in _by_length(*self.numbers["train"], size):
             yield self.batch("train", rows, candidates)
 
     def translated(self, part: str, translate: Callable[[Tensor], Tensor]) -> list[str]:
         """What a function from numbers to numbers makes of the English sentences."""
         numbers = self.numbers[part][0]
         order = (numbers != PAD).sum(1).argsort()
-        batches = [translate(trimmed(numbers[rows])) for rows in order.split(256)]
+        batches = [translate(_trimmed(numbers[rows])) for rows in order.split(256)]
         found = [self.french.sentence(words) for batch in batches for words in batch]
         return [found[place] for place in order.argsort()]
 
