@@ -191,7 +191,7 @@ def show(figure: Any, kind: str, name: str, which: int, words: int) -> None:
         axes.set(title=test.vocabulary[word], ylabel="" if k else name)
 
 
-SHOWN_EMOJI = [25, 66]  # of the test set
+SHOWN_EMOJI = [25, 66]  # of the test set, picked by hand
 canvas = int((load("digits")[1].words[:SHOWN] != END).sum(1).argmax())
 rows = [("digits", "soft", canvas), ("digits", "hard, RLOO", canvas)]
 if load("emoji") is not None:
